@@ -1,0 +1,76 @@
+"""Masked autoencoders: from a folder of images to an encoder, its scores and its pictures.
+
+The public API on one screen. Every name is loaded when it is first used, so that ``import maekit`` and the command's
+help cost no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maekit.errors import MaekitError
+    from maekit.interchange.weights import load_model, save_model
+    from maekit.model.mae import MaskedAutoencoder, create_model
+    from maekit.settings import Data, Embed, Finetune, Knn, Pretrain, Probe, Quickstart, Reconstruct
+    from maekit.tasks import Result
+    from maekit.tasks.embed import embed
+    from maekit.tasks.finetune import finetune
+    from maekit.tasks.knn import knn
+    from maekit.tasks.pretrain import pretrain
+    from maekit.tasks.probe import probe
+    from maekit.tasks.quickstart import quickstart
+    from maekit.tasks.reconstruct import reconstruct
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Data",
+    "Embed",
+    "Finetune",
+    "Knn",
+    "MaekitError",
+    "MaskedAutoencoder",
+    "Pretrain",
+    "Probe",
+    "Quickstart",
+    "Reconstruct",
+    "Result",
+    "__version__",
+    "create_model",
+    "embed",
+    "finetune",
+    "knn",
+    "load_model",
+    "pretrain",
+    "probe",
+    "quickstart",
+    "reconstruct",
+    "save_model",
+]
+
+_HOMES = {
+    "maekit.errors": ("MaekitError",),
+    "maekit.interchange.weights": ("load_model", "save_model"),
+    "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
+    "maekit.settings": ("Data", "Embed", "Finetune", "Knn", "Pretrain", "Probe", "Quickstart", "Reconstruct"),
+    "maekit.tasks": ("Result",),
+    "maekit.tasks.embed": ("embed",),
+    "maekit.tasks.finetune": ("finetune",),
+    "maekit.tasks.knn": ("knn",),
+    "maekit.tasks.pretrain": ("pretrain",),
+    "maekit.tasks.probe": ("probe",),
+    "maekit.tasks.quickstart": ("quickstart",),
+    "maekit.tasks.reconstruct": ("reconstruct",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(home), name)
+            return value
+    raise AttributeError(f"module 'maekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,136 @@
+"""Views: one decoded image in, one image of the model's size out.
+
+A view is a small picklable object that is called with a ``(C, H, W)`` tensor and returns a tensor of the same
+type at ``size``. Views draw from the global random generators, which the loader seeds for every sample with
+(seed, epoch, sample index): so torchvision's and timm's own transforms serve unchanged, and the result does not
+depend on worker, rank or call order. Normalisation happens later, on the device (`maekit.data.loader`).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from maekit.errors import MaekitError
+
+ASPECT = (3 / 4, 4 / 3)
+"""Aspect ratios of random crops: torchvision's RandomResizedCrop, which the official pre-training uses."""
+
+
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """Return the part of the resized image that evaluation keeps.
+
+    .875 at 224 px and 1 above (official fine-tuning); 1 below 112 px, where the set's images are already tight
+    crops (CIFAR, Fashion-MNIST) and enlarging them only to cut the border off would lose pixels.
+    """
+    return 0.875 if 112 <= min(size) <= 224 else 1.0
+
+
+def eval_view(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
+    """Resize to cover ``size / crop_pct`` keeping the aspect, then cut the centre out.
+
+    For 224 px and .875: resize the shorter side to 256, centre crop 224, both bicubic with antialiasing
+    (official evaluation). `image` is (C, H, W), the result (C, *size), same dtype.
+    """
+    height, width = image.shape[-2:]
+    cover = max(int(size[0] / crop_pct) / height, int(size[1] / crop_pct) / width)
+    target = [max(size[0], int(height * cover + 0.5)), max(size[1], int(width * cover + 0.5))]
+    if target != [height, width]:
+        image = F.resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(image, list(size))
+
+
+def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
+    """Cut a random box of `scale` of the area out and resize it to `size` (bicubic, antialiased).
+
+    A scale of (1, 1) means the whole image, as `eval_view` shows it.
+    """
+    if scale == (1.0, 1.0):
+        return eval_view(image, size)
+    # torchvision computes in list[float]; its stub names the parameters list only
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ASPECT))
+    return F.resized_crop(
+        image, top, left, height, width, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+
+
+@dataclass(frozen=True)
+class EvalView:
+    """What evaluation, features and reconstructions see: no randomness."""
+
+    size: tuple[int, int]
+    crop_pct: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return eval_view(image, self.size, self.crop_pct)
+
+
+@dataclass(frozen=True)
+class PretrainView:
+    """Random resized crop and mirror (paper appendix A.1; scale .2 to 1, bicubic: official code)."""
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = random_crop(image, self.size, self.scale)
+        return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
+
+
+@dataclass(frozen=True)
+class FinetuneView:
+    """Random resized crop, mirror and timm's RandAugment (paper table 9).
+
+    Attributes:
+        fill: colour (0-255 per channel) of what RandAugment shifts in from outside: the data's mean.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    auto_augment: str | None = None
+    fill: tuple[int, ...] = (124, 116, 104)
+
+    @cached_property
+    def _augment(self) -> Any:
+        # translate .45 of the side, as timm's own training does for these strings (method: official fine-tuning)
+        translate = int(min(self.size) * 0.45)
+        fill = self.fill if len(self.fill) == 3 else self.fill[0]
+        return rand_augment_transform(self.auto_augment or "", {"translate_const": translate, "img_mean": fill})
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = random_crop(image, self.size, self.scale)
+        if self.flip and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        if self.auto_augment:
+            image = F.pil_to_tensor(self._augment(F.to_pil_image(image)))
+        return image
+
+    def __post_init__(self) -> None:
+        if not self.auto_augment:
+            return
+        if len(self.fill) not in (1, 3):
+            raise MaekitError(
+                "E-CONFIG-AUGMENT",
+                "setting auto_augment",
+                found=f"images of {len(self.fill)} channels",
+                expected="1 or 3 channels: RandAugment works on pictures",
+                hint="--auto-augment none",
+            )
+        try:
+            _ = self._augment
+        except (AssertionError, ValueError, KeyError) as error:
+            raise MaekitError(
+                "E-CONFIG-AUGMENT",
+                "setting auto_augment",
+                found=self.auto_augment,
+                expected="a RandAugment string of timm, as rand-m9-mstd0.5-inc1",
+                hint="--auto-augment none",
+            ) from error

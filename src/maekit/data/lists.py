@@ -1,0 +1,127 @@
+"""List files: one image per line, ``path`` or ``path,label``, relative to the folder of the list.
+
+A .csv or .tsv may start with a header (``path,label``). In a .txt, comma, tab or blank may part path and label: the
+path ends with the last image suffix of the line, so names with blanks work. UTF-8, with or without a byte order
+mark; any line ends. Whatever is doubtful is refused with its line number: a list is written by a program, and a
+line skipped in silence is a class lost in silence.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+
+from maekit.data.image import SUFFIXES
+from maekit.data.parquet import LABEL_COLUMNS
+from maekit.data.source import FileSource, in_order, number, read_regular_file
+from maekit.errors import MaekitError
+
+SUFFIX = (".txt", ".csv", ".tsv")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
+"""Header words of the column with the path; the first present is taken."""
+
+_TXT_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}))(?:\s*[,\t ]\s*(.*))?", re.IGNORECASE)
+
+Line = tuple[int, str, str]
+"""Line number, path, label ("" when there is none)."""
+
+
+def open_list(
+    path: Path,
+    name: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: list[str] | None = None,
+) -> FileSource:
+    """Open a list file; see `maekit.data.sources.open_source`.
+
+    Raises:
+        MaekitError: E-DATA-LIST with the line; E-DATA-COLUMN, E-DATA-EMPTY, E-DATA-CLASSES.
+    """
+    try:
+        text = read_regular_file(str(path)).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MaekitError("E-DATA-LIST", f"cannot read {path}", found=error, expected="a list in UTF-8") from error
+    lines = list(_txt(text, path) if path.suffix.lower() == ".txt" else _csv(text, path, image_column, label_column))
+    if not lines:
+        raise MaekitError("E-DATA-EMPTY", f"{path} lists no images")
+    _check(lines, path)
+    lines.sort(key=lambda line: line[1])
+    labels = known = None
+    if lines[0][2]:
+        names = [label for _, _, label in lines]
+        labels, known = number(names, in_order(names), classes, name)
+    paths = [where for _, where, _ in lines]
+    return FileSource(name, [PurePath(where).as_posix() for where in paths], paths, labels, known, str(path.parent))
+
+
+def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> MaekitError:
+    return MaekitError("E-DATA-LIST", f"{path} line {line}", found=found, expected=expected)
+
+
+def _txt(text: str, path: Path) -> Iterator[Line]:
+    """Yield the lines of a .txt."""
+    for at, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        match = _TXT_LINE.fullmatch(line.strip())
+        if match is None:
+            raise _refuse(path, at, repr(line), "an image's path, then its label if it has one")
+        yield at, os.path.normpath(match[1]), (match[2] or "").strip()
+
+
+def _csv(text: str, path: Path, image_column: str | None, label_column: str | None) -> Iterator[Line]:
+    """Yield the lines of a .csv or .tsv, with or without a header."""
+    reader = csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    where, what = 0, 1
+    try:
+        for cells in reader:
+            if reader.line_num == 1 and (header := _header(cells, path, image_column, label_column)) is not None:
+                where, what = header
+                continue
+            if any(cell.strip() for cell in cells):
+                yield reader.line_num, _path_cell(cells, where, path, reader.line_num), _cell(cells, what)
+    except csv.Error as error:
+        raise _refuse(path, reader.line_num, str(error), "comma or tab separated values") from error
+
+
+def _header(cells: list[str], path: Path, image_column: str | None, label_column: str | None) -> tuple[int, int] | None:
+    """Return the places of path and label if this is a header; -1 when there is no label column."""
+    words = [cell.strip().lower() for cell in cells]
+    image = [image_column.lower()] if image_column else PATH_COLUMNS
+    where = next((words.index(word) for word in image if word in words), None)
+    label = [label_column.lower()] if label_column else LABEL_COLUMNS
+    what = next((words.index(word) for word in label if word in words), None)
+    missing = [asked for asked, at in ((image_column, where), (label_column, what)) if asked and at is None]
+    if missing:
+        raise MaekitError(
+            "E-DATA-COLUMN", f"header of {path}", found=", ".join(cells), expected=f"column {missing[0]!r}"
+        )
+    return None if where is None else (where, -1 if what is None else what)
+
+
+def _cell(cells: list[str], at: int) -> str:
+    return cells[at].strip() if 0 <= at < len(cells) else ""
+
+
+def _path_cell(cells: list[str], at: int, path: Path, line: int) -> str:
+    value = _cell(cells, at)
+    if PurePath(value).suffix.lower() not in SUFFIXES:
+        raise _refuse(path, line, repr(",".join(cells)), "path,label with the path of an image, or a header path,label")
+    return os.path.normpath(value)
+
+
+def _check(lines: Iterable[Line], path: Path) -> None:
+    """Refuse lines twice there, lines without a label beside lines with one, and files that do not exist."""
+    first: dict[str, int] = {}
+    labelled = any(label for _, _, label in lines)
+    for at, where, label in lines:
+        if where in first:
+            raise _refuse(path, at, f"{where} again", f"each image once (line {first[where]})")
+        first[where] = at
+        if labelled and not label:
+            raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
+        if "\0" in where or not os.path.lexists(path.parent / where):
+            raise _refuse(path, at, f"no file {where}", f"a path relative to {path.parent}")

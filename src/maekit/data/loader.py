@@ -1,0 +1,264 @@
+"""From a source to float batches on the device, in an order that can be left and taken up again anywhere.
+
+Every sample is a function of (seed, epoch, sample index): `Samples` seeds the random generators with just these
+three before it draws the mask's noise, the crop and the flip. The order is a permutation drawn from (seed, epoch),
+cut into global batches, each cut into one contiguous part per process and that into micro-batches. So the number
+of workers, the number of processes and the step at which a run was stopped change no sample and no mask; a
+position is one number, the step. One DataLoader serves the whole run: workers start once, not once per epoch.
+
+An incomplete global batch at the end of an epoch is dropped (as in the official recipes); a set smaller than one
+batch is one short batch per epoch.
+"""
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from maekit.data.image import read_image
+from maekit.errors import MaekitError
+from maekit.seeds import mix, seed_cpu
+
+log = logging.getLogger("maekit")
+
+Batch = dict[str, Tensor]
+View = Callable[[Tensor], Tensor]
+
+
+class Readable(Protocol):
+    """What the loader needs of a source (`maekit.data.sources`)."""
+
+    ids: list[str]
+    labels: list[int] | None
+
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> bytes | Tensor: ...
+
+
+def auto_workers(num_images: int, size: tuple[int, int]) -> int:
+    """Choose how many loader processes: none where decoding is nothing beside a process's start of seconds."""
+    small = num_images * math.prod(size) < 20_000 * 64 * 64
+    return 0 if small else min(8, max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 4))
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Items of a source by (epoch, index): decoded, viewed, with the mask's noise.
+
+    An image that cannot be read is replaced by the next readable one, so every worker count sees the same; what
+    was wrong travels with the item under "bad".
+    """
+
+    def __init__(self, source: Readable, view: View, channels: int, seed: int, num_noise: int) -> None:
+        self.source, self.view, self.channels = source, view, channels
+        self.seed, self.num_noise = seed, num_noise
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        image, index, bad = self._read(index)
+        seed_cpu(self.seed, epoch, key[1])
+        noise = torch.rand(self.num_noise)  # first, so that no augmentation setting moves the mask
+        label = -1 if self.source.labels is None else self.source.labels[index]
+        return {"images": self.view(image), "labels": label, "ids": index, "noise": noise, "bad": bad}
+
+    def _read(self, index: int) -> tuple[Tensor, int, list[tuple[int, str]]]:
+        bad: list[tuple[int, str]] = []
+        for offset in range(min(len(self.source), 100)):
+            at = (index + offset) % len(self.source)
+            try:
+                data = self.source.read(at)
+                image = data if isinstance(data, Tensor) else read_image(
+                    data, channels=self.channels, name=self.source.ids[at]
+                )
+                return self._checked(image, at), at, bad
+            except (MaekitError, OSError) as error:
+                bad.append((at, str(error)))
+        raise MaekitError(
+            "E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}", hint="maekit data PATH"
+        )
+
+    def _checked(self, image: Tensor, at: int) -> Tensor:
+        if image.shape[0] != self.channels:
+            raise MaekitError(
+                "E-DATA-IMAGE",
+                f"image {self.source.ids[at]}",
+                found=f"{image.shape[0]} channels",
+                expected=f"{self.channels} as in the other images",
+                hint="--channels",
+            )
+        return image
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (epoch, index) for one process, from one step to another of an endless schedule."""
+
+    def __init__(self, loader: "Loader", start: int, stop: int) -> None:
+        self.loader, self.start, self.stop = loader, start, stop
+
+    def __len__(self) -> int:
+        return sum(len(self.loader.parts(step)) for step in range(self.start, self.stop))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            yield from self.loader.parts(step)
+
+
+class Loader:
+    """Batches for training (`steps`) and evaluation (`sweep`).
+
+    Args:
+        source: images by index, with ids and labels.
+        view: one decoded (C, H, W) image to one of the model's size.
+        batch_size: global batch, all processes and accumulation steps.
+        micro_batch: images per process and pass; divides ``batch_size / world``.
+        mean: per channel, of values in 0..1; subtracted on the device.
+        std: per channel, divides on the device.
+        num_noise: length of each sample's "noise": the number of patches, 0 where nothing is masked.
+        bad_log: file to which unreadable images are written, one JSON object a line.
+    """
+
+    def __init__(
+        self,
+        source: Readable,
+        view: View,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int = 0,
+        num_noise: int = 0,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        bad_log: Path | None = None,
+    ) -> None:
+        self.source, self.seed, self.workers = source, seed, workers
+        self.batch_size = min(batch_size, len(source))
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
+        self.device = torch.device(device)
+        self.samples = Samples(source, view, len(mean), seed, num_noise)
+        shape = (1, len(mean), 1, 1)
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(shape)
+        self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(shape)
+        self.bad: dict[str, str] = {}
+        self.seen = 0
+        self.bad_log = bad_log
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches per epoch; the incomplete one at the end is dropped."""
+        return len(self.source) // self.batch_size
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the permutation of sample indices of one epoch: a function of (seed, epoch)."""
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self._order = epoch, torch.randperm(len(self.source), generator=generator).tolist()
+        return self._order[1]
+
+    def parts(self, step: int) -> list[list[tuple[int, int]]]:
+        """Return this process's micro-batches of `step`, as lists of (epoch, index)."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        chosen = self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
+        first = self.rank * len(chosen) // self.world
+        last = (self.rank + 1) * len(chosen) // self.world
+        mine = [(epoch, index) for index in chosen[first:last]]
+        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield, for each step of ``start..stop-1``, this process's micro-batches in order."""
+        batches = self._batches(StepSampler(self, start, stop))
+        for step in range(start, stop):
+            yield [next(batches) for _ in self.parts(step)]
+
+    def sweep(self) -> Iterator[Batch]:
+        """Yield every sample of this process's share exactly once, in order, for evaluation and features.
+
+        Shares are strided by rank and need not be equally long: nothing is padded or seen twice.
+        """
+        mine = range(self.rank, len(self.source), self.world)
+        yield from self._batches(
+            [[(0, index) for index in mine[i : i + self.micro_batch]] for i in range(0, len(mine), self.micro_batch)]
+        )
+
+    def _batches(self, sampler: Any) -> Iterator[Batch]:
+        # forkserver: a child forked after OpenMP has run can hang; its server has never computed anything
+        context = multiprocessing.get_context("forkserver") if self.workers else None
+        if self.workers:
+            multiprocessing.set_forkserver_preload(["maekit.data.loader"])
+        data: DataLoader[Any] = DataLoader(
+            self.samples,
+            batch_sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=collate,
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker if self.workers else None,
+            prefetch_factor=4 if self.workers else None,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or the DataLoader would draw from the global one
+        )
+        for batch in data:
+            self._count(batch.pop("bad"), len(batch["ids"]))
+            yield self._to_device(batch)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        images = batch["images"]
+        scaled = images.float().div_(255) if images.dtype == torch.uint8 else images
+        batch["images"] = (scaled - self.mean) / self.std
+        return batch
+
+    def _count(self, bad: list[tuple[int, str]], size: int) -> None:
+        """Book unreadable images once each; more than max(5, 1 % of those seen) stop the run (exit 3)."""
+        self.seen += size
+        for index, reason in bad:
+            name = self.source.ids[index]
+            if name in self.bad:
+                continue
+            self.bad[name] = reason
+            log.warning("skipped: %s", reason)
+            if self.bad_log is not None and self.rank == 0:
+                with self.bad_log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+        seen = min(self.seen, len(self.source))
+        if len(self.bad) > max(5, 0.01 * seen):
+            raise MaekitError(
+                "E-DATA-BAD",
+                f"too many unreadable images, the last: {next(reversed(self.bad.values()))}",
+                found=f"{len(self.bad)} of {seen} seen",
+                expected="at most 5 or 1 %",
+                hint="maekit data PATH lists them",
+            )
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items into a batch; "bad" becomes one list."""
+    return {
+        "images": torch.stack([item["images"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+        "ids": torch.tensor([item["ids"] for item in items]),
+        "noise": torch.stack([item["noise"] for item in items]),
+        "bad": [entry for item in items for entry in item["bad"]],
+    }
+
+
+def _start_worker(_: int) -> None:
+    """Let the main process alone decide on signals: ctrl-C reaches the whole group, and a worker that dies of it
+    takes the batch along that the main process still wants to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

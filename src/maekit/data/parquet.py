@@ -1,0 +1,266 @@
+"""Images in parquet files: a binary column, or Hugging Face's struct with ``bytes``; an id is ``file.parquet:row``.
+
+Nothing but labels is read when a source is opened. Images are read a row group at a time and kept up to
+`CACHE_BYTES` per process, so what fits is read once; every worker process opens the files anew. A group that must be
+decoded again for every single image is slow: larger files want small row groups, and a warning says so.
+"""
+
+import json
+import logging
+import os
+import threading
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as kind_of
+
+from maekit.data.image import sniff
+from maekit.data.source import Source, in_order, number
+from maekit.errors import MaekitError
+
+CACHE_BYTES = 2**29
+"""Bytes of decoded image columns that one process keeps."""
+LABEL_COLUMNS = ("label", "labels", "class", "target")
+"""Names under which a label column is looked for, in this order."""
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+"""Names that decide between several columns of image bytes."""
+
+log = logging.getLogger("maekit")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where a run of rows lies; `size` in bytes, decoded."""
+
+    path: str
+    index: int
+    num_rows: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetSource(Source):
+    """Rows of parquet files; `keys` are row numbers over all files."""
+
+    groups: tuple[RowGroup, ...] = field(default=(), repr=False)
+    column: str = "image"
+    _rows: "_Rows | None" = field(default=None, repr=False)
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes in row `i`."""
+        if self._rows is None:
+            object.__setattr__(self, "_rows", _Rows(self.groups, self.column))
+        assert self._rows is not None
+        try:
+            data = self._rows.read(self.keys[i])
+        except (OSError, pa.ArrowException) as error:
+            raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found=error) from error
+        if data is None:
+            raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found="an empty cell")
+        return data
+
+    def sizes(self) -> list[int]:
+        """Return the size of each file."""
+        return [os.stat(path).st_size for path in dict.fromkeys(group.path for group in self.groups)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave cached rows behind: a worker reads its own."""
+        return {**self.__dict__, "_rows": None}
+
+
+class _Rows:
+    """The most recently used row groups of one column; safe to share between threads."""
+
+    def __init__(self, groups: Sequence[RowGroup], column: str) -> None:
+        self.groups, self.column = groups, column
+        self.starts = [0, *accumulate(group.num_rows for group in groups)]
+        self.kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def read(self, row: int) -> bytes | None:
+        at = bisect_right(self.starts, row) - 1
+        with self.lock:
+            values = self.kept.get(at)
+            if values is None:
+                values = self._load(at)
+            self.kept.move_to_end(at)
+        return values[row - self.starts[at]].as_py()
+
+    def _load(self, at: int) -> pa.ChunkedArray:
+        while self.kept and sum(self.groups[i].size for i in (*self.kept, at)) > CACHE_BYTES:
+            self.kept.popitem(last=False)
+        self.kept[at] = read_column(self.groups[at], self.column)
+        return self.kept[at]
+
+
+def read_column(group: RowGroup, column: str) -> pa.ChunkedArray:
+    """Return the values of a row group, of a nested column ``a.b`` the inner ones."""
+    # no arrow threads: they would not survive a fork and gain nothing beside loader processes
+    with pq.ParquetFile(group.path) as file:
+        values = file.read_row_group(group.index, columns=[column], use_threads=False).column(0)
+    if not kind_of.is_struct(values.type):
+        return values
+    chunks = [chunk.flatten()[0] for chunk in values.chunks]  # unlike field(0), keeps the nulls of the struct itself
+    return pa.chunked_array(chunks, values.type.field(0).type)
+
+
+def has_images(path: Path) -> bool:
+    """Tell whether a parquet file has a column that could hold images."""
+    try:
+        return path.is_file() and bool(_binary_columns(pq.read_schema(path)))
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def open_parquet(
+    paths: Sequence[Path],
+    name: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: list[str] | None = None,
+) -> ParquetSource:
+    """Open parquet files, in the order given, as one source; see `maekit.data.sources.open_source`.
+
+    Raises:
+        MaekitError: E-DATA-PATH, E-DATA-COLUMN, E-DATA-EMPTY, E-DATA-LABELS, E-DATA-CLASSES.
+    """
+    schema, groups = _layout(paths)
+    if not groups:
+        raise MaekitError("E-DATA-EMPTY", f"{name} holds no images", found="no rows")
+    column = _image_column(schema, groups[0], image_column, name)
+    _warn_of_large_groups(groups, name)
+    labels, known = _labels(paths, schema, label_column, classes, name)
+    rows = Counter[str]()
+    for group in groups:
+        rows[group.path] += group.num_rows
+    ids = [f"{path.name}:{row}" for path in paths for row in range(rows[str(path)])]
+    return ParquetSource(name, ids, list(range(len(ids))), labels, known, tuple(groups), column)
+
+
+def _layout(paths: Sequence[Path]) -> tuple[pa.Schema, list[RowGroup]]:
+    """Return the schema of the first file and all row groups that hold rows."""
+    schema, groups = None, []
+    for path in paths:
+        try:
+            if not path.is_file():
+                raise OSError("not a regular file")
+            with pq.ParquetFile(path) as file:
+                schema = schema or file.schema_arrow
+                for index in range(file.metadata.num_row_groups):
+                    group = file.metadata.row_group(index)
+                    groups.append(RowGroup(str(path), index, group.num_rows, group.total_byte_size))
+        except (OSError, pa.ArrowException) as error:
+            raise MaekitError("E-DATA-PATH", f"cannot open {path}", found=error, expected="a parquet file") from error
+    assert schema is not None
+    return schema, [group for group in groups if group.num_rows]
+
+
+def _binary_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns that hold bytes; a struct with ``bytes`` as ``name.bytes``."""
+    columns = []
+    for item in schema:
+        if kind_of.is_struct(item.type) and item.type.get_field_index("bytes") >= 0:
+            columns += [f"{item.name}.bytes"] if _is_bytes(item.type.field("bytes").type) else []
+        elif _is_bytes(item.type):
+            columns.append(item.name)
+    return columns
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return kind_of.is_binary(kind) or kind_of.is_large_binary(kind)
+
+
+def _image_column(schema: pa.Schema, group: RowGroup, asked: str | None, name: str) -> str:
+    """Return the column asked for, or the one whose first value is an image."""
+    columns = _binary_columns(schema)
+    if asked is not None:
+        columns = [column for column in columns if asked in (column, column.removesuffix(".bytes"))]
+    elif len(columns) > 1:
+        columns = [column for column in columns if _starts_with_image(group, column)] or columns
+        columns = [next((c for word in IMAGE_COLUMNS for c in columns if c.split(".")[0] == word), columns[0])]
+    if not columns:
+        raise MaekitError(
+            "E-DATA-COLUMN",
+            f"{name} has no {'column of image bytes' if asked is None else f'column {asked!r} of bytes'}",
+            found=", ".join(f"{item.name} ({item.type})" for item in schema),
+            expected="a binary column, or a struct with 'bytes'",
+            hint="--image-column NAME",
+        )
+    return columns[0]
+
+
+def _starts_with_image(group: RowGroup, column: str) -> bool:
+    values = read_column(group, column)
+    return bool(values[0].is_valid) and sniff(values[0].as_py()) is not None
+
+
+def _warn_of_large_groups(groups: list[RowGroup], name: str) -> None:
+    if sum(group.size for group in groups) > CACHE_BYTES and max(group.num_rows for group in groups) > 1000:
+        largest = max(group.num_rows for group in groups)
+        log.warning("%s: row groups of %d rows are decoded whole to read one image; 100 are faster", name, largest)
+
+
+def _labels(
+    paths: Sequence[Path], schema: pa.Schema, asked: str | None, classes: list[str] | None, name: str
+) -> tuple[list[int] | None, list[str] | None]:
+    """Return label of each row and class names, (None, None) when there are none."""
+    column = _label_column(schema, asked, name)
+    if column is None:
+        return None, None
+    beside = f"{column}_name" if f"{column}_name" in schema.names else None
+    try:
+        table = pa.concat_tables([pq.read_table(p, columns=[column, *filter(None, [beside])]) for p in paths])
+    except (OSError, pa.ArrowException) as error:
+        raise MaekitError("E-DATA-COLUMN", f"cannot read the labels of {name}", found=error) from error
+    values = table.column(column).to_pylist()
+    if None in values:
+        raise MaekitError("E-DATA-LABELS", f"{name} row {values.index(None)}, column {column!r}", found="no label")
+    if all(isinstance(value, int) and value < 0 for value in values):
+        return None, None  # Hugging Face's way to say that a split has no labels
+    if beside is not None:
+        names = [str(value) for value in table.column(beside).to_pylist()]
+        first = dict(sorted(zip(values, names, strict=True), reverse=True))
+        return number(names, list(dict.fromkeys([*(first[v] for v in sorted(first)), *in_order(names)])), classes, name)
+    if (spelled := _huggingface_names(schema, column)) is not None:
+        names = [_spelled(value, spelled, f"{name} row {row}") for row, value in enumerate(values)]
+        return number(names, spelled, classes, name)
+    names = [str(value) for value in values]
+    return number(names, in_order(names), classes, name)
+
+
+def _label_column(schema: pa.Schema, asked: str | None, name: str) -> str | None:
+    usable = [item.name for item in schema if _is_label(item.type)]
+    if asked is not None and asked not in usable:
+        found = ", ".join(f"{item.name} ({item.type})" for item in schema)
+        expected = f"column {asked!r} of whole numbers or text"
+        raise MaekitError("E-DATA-COLUMN", f"labels of {name}", found=found, expected=expected)
+    return asked or next((column for column in LABEL_COLUMNS if column in usable), None)
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    kind = kind.value_type if kind_of.is_dictionary(kind) else kind
+    return any(test(kind) for test in (kind_of.is_integer, kind_of.is_string, kind_of.is_large_string))
+
+
+def _huggingface_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return the names of a ClassLabel column, which Hugging Face's datasets keep in the file's metadata."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        names = [str(name) for name in feature["names"]]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return names if len(set(names)) == len(names) else None
+
+
+def _spelled(value: Any, names: list[str], where: str) -> str:
+    if isinstance(value, int) and not 0 <= value < len(names):
+        raise MaekitError("E-DATA-LABELS", where, found=f"label {value}", expected=f"0 to {len(names) - 1}")
+    return names[value] if isinstance(value, int) else value

@@ -1,0 +1,203 @@
+"""A `Source` is a list of images: ids, labels, classes, and `read(i)`.
+
+It is immutable, cheap to subset and cheap to send to loader workers, because files are opened by `read` only. One
+subclass per form: files here, rows of parquet files in `parquet`, other people's map-style datasets here too.
+Files are opened without blocking and must be regular, so a FIFO, a socket, a device or a folder called x.jpg is a
+bad image and never a hang.
+"""
+
+import copy
+import hashlib
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maekit.data.image import from_pillow
+from maekit.errors import MaekitError
+
+MAX_FILE_BYTES = 2**29
+"""Bytes of one image file; 64 million pixels of three floats take more, a picture never does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source(ABC):
+    """Images by index.
+
+    Attributes:
+        name: what to call it in messages.
+        ids: unique, stable name of each image: its relative path, or ``file.parquet:row``.
+        keys: what `read` needs to find each image; private to the form.
+        labels: index into `classes` of each image, None when there are no labels.
+        classes: class names by label.
+    """
+
+    name: str
+    ids: list[str] = field(repr=False)
+    keys: list[Any] = field(repr=False)
+    labels: list[int] | None = field(default=None, repr=False)
+    classes: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def read(self, i: int) -> bytes | Tensor:
+        """Return the encoded image `i` (a `DatasetSource`: the decoded one).
+
+        Raises:
+            MaekitError: E-DATA-IMAGE when it cannot be read.
+        """
+
+    @abstractmethod
+    def sizes(self) -> Iterable[int]:
+        """Return the sizes in bytes that the fingerprint covers."""
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over count, ids and sizes: it changes when images come, go or change size."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        for part in (*self.ids, *map(str, self.sizes())):
+            digest.update(b"\0" + part.encode())
+        return digest.hexdigest()
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """Return the same kind of source with only these images, in this order."""
+        chosen = copy.copy(self)
+        for name in ("ids", "keys", "labels"):
+            values = getattr(self, name)
+            object.__setattr__(chosen, name, None if values is None else [values[i] for i in indices])
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource(Source):
+    """One file per image; `keys` are paths relative to `root`, spelled as the system spells them."""
+
+    root: str = "."
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of file `i`."""
+        try:
+            return read_regular_file(os.path.join(self.root, self.keys[i]))
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+            found = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found=found) from None
+
+    def sizes(self) -> Iterator[int]:
+        """Yield each file's size, -1 when it has none."""
+        for key in self.keys:
+            try:
+                yield os.stat(os.path.join(self.root, key)).st_size
+            except OSError:
+                yield -1
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class DatasetSource(Source):
+    """A map-style dataset of images or (image, label); `read` gives the decoded image, (C, H, W).
+
+    An image may be a PIL.Image, an array (H, W) or (H, W, C), or a tensor (C, H, W); arrays and tensors keep their
+    channels and type (uint8, or float32 that is used as it is). Labels come from the dataset's `targets`, names
+    from its `classes`, as torchvision's datasets have them; nothing is read before it is asked for.
+
+    Args:
+        dataset: anything with ``len()`` and ``[i]``.
+        name: what to call it in messages.
+        channels: 3 or 1, what PIL images become.
+    """
+
+    dataset: Any = field(default=None, repr=False)
+    channels: int = 3
+
+    def __init__(self, dataset: Any, name: str = "dataset", channels: int = 3) -> None:
+        targets = getattr(dataset, "targets", None)
+        labels = None if targets is None else [int(target) for target in targets]
+        classes = None
+        if labels is not None:
+            numbers = range(max(labels, default=-1) + 1)
+            classes = [str(name) for name in getattr(dataset, "classes", None) or numbers]
+        count = len(dataset)
+        super().__init__(name, [str(i) for i in range(count)], list(range(count)), labels, classes)
+        object.__setattr__(self, "dataset", dataset)
+        object.__setattr__(self, "channels", channels)
+
+    def read(self, i: int) -> Tensor:
+        """Return image `i` as (C, H, W)."""
+        item = self.dataset[self.keys[i]]
+        image = item[0] if isinstance(item, tuple | list) else item
+        if isinstance(image, Image.Image):
+            return from_pillow(image, self.channels)
+        if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+            image = torch.from_numpy(np.array(np.atleast_3d(image))).permute(2, 0, 1)
+        if isinstance(image, Tensor) and image.ndim == 3 and image.dtype in (torch.uint8, torch.float32):
+            return image
+        found = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
+        expected = "a PIL image, an array (H, W, C) or a tensor (C, H, W) of uint8 or float32"
+        raise MaekitError("E-DATA-IMAGE", f"cannot use {self.name} item {self.ids[i]}", found=found, expected=expected)
+
+    def sizes(self) -> Iterator[int]:
+        """Yield nothing: only the dataset itself could tell, by reading everything."""
+        return iter(())
+
+
+def read_regular_file(path: str) -> bytes:
+    """Return the bytes of a regular file, at most `MAX_FILE_BYTES`.
+
+    Raises:
+        OSError: for anything else under that name, without waiting for it.
+    """
+    # O_NONBLOCK: opening a FIFO without a writer would wait forever
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
+    with open(handle, "rb", buffering=0) as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise OSError(f"{status.st_size} bytes, more than {MAX_FILE_BYTES}")
+        data = file.read(status.st_size + 1)  # one more: a file that grows meanwhile is seen
+        while data and len(data) < status.st_size and (more := file.read(status.st_size - len(data))):
+            data += more
+    if len(data or b"") != status.st_size:
+        raise OSError("the file changed while it was read")
+    return data or b""
+
+
+def number(names: list[str], order: Sequence[str], classes: list[str] | None, what: str) -> tuple[list[int], list[str]]:
+    """Return labels and classes for one class name per image.
+
+    Args:
+        names: class name of each image.
+        order: the classes in their own order, used when `classes` is None.
+        classes: classes of another source whose numbers must be kept.
+        what: the source, for the message.
+
+    Raises:
+        MaekitError: E-DATA-CLASSES if a name is not in `classes`.
+    """
+    known = list(order) if classes is None else classes
+    index = {name: label for label, name in enumerate(known)}
+    if unknown := sorted(set(names) - index.keys()):
+        raise MaekitError(
+            "E-DATA-CLASSES",
+            f"{what} has {len(unknown)} classes not in train",
+            found=", ".join(map(repr, unknown[:10])),
+            expected=f"the same {len(known)} classes",
+            hint="give both splits the same class names",
+        )
+    return [index[name] for name in names], known
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return the distinct names sorted, by value when all are whole numbers."""
+    distinct = set(names)
+    if all(name.isascii() and name.lstrip("-").isdigit() for name in distinct):
+        return sorted(distinct, key=lambda name: (int(name), name))
+    return sorted(distinct)

@@ -1,0 +1,341 @@
+"""open_source(): what form of data a path is, which part of it a split is, and how parts are drawn from it.
+
+Everything is listed in sorted order, so nothing depends on the disk, and every draw goes by a hash of the image's id,
+so it does not depend on how many other images there are before it. URLs and commands are refused: nothing here talks
+to a network.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from maekit.data.image import SUFFIXES
+from maekit.data.lists import SUFFIX as LIST_SUFFIX
+from maekit.data.lists import open_list
+from maekit.data.parquet import ParquetSource, has_images, open_parquet
+from maekit.data.source import DatasetSource, FileSource, Source, number
+from maekit.errors import MaekitError
+
+__all__ = [
+    "DatasetSource", "FileSource", "ParquetSource", "Source", "Split",
+    "hold_out", "label_subset", "open_source", "other_files", "parts_of",
+]  # fmt: skip
+
+Split = Literal["train", "val", "train-or-all", "val-or-all"]
+"""``...-or-all``: all images where the disk has no such parts, in place of a part held out by a hash."""
+
+BUILTIN = Path(__file__).parent / "builtin"
+VAL_NAMES = ("val", "valid", "validation", "test")
+"""Names of the held-out part on disk; the first one present is taken."""
+NO_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:|\||-$")
+"""What looks like a URL, a shell command or standard input."""
+
+
+def open_source(
+    path: str | Path,
+    split: Split | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    classes: list[str] | None = None,
+) -> Source:
+    """Open a folder, a list file, a parquet file, a folder of parquet files, or ``builtin:fashion``.
+
+    Args:
+        path: where the images are.
+        split: "train" or "val": that part on disk (``D/train`` and ``D/val|test``, ``train.parquet`` and
+            ``val|test.parquet``), otherwise made by `hold_out`; "train-or-all", "val-or-all": all images then.
+            None: all images in any case.
+        image_column: parquet or list column with the image; found by content or name when None.
+        label_column: column with the label; one of `parquet.LABEL_COLUMNS` when None.
+        classes: class names of another source: labels are numbered like there, unknown names are refused.
+
+    Raises:
+        MaekitError: E-DATA-PATH, E-DATA-EMPTY, E-DATA-LIST, E-DATA-COLUMN, E-DATA-LABELS, E-DATA-CLASSES.
+    """
+    opener = _Opener(str(path), image_column, label_column)
+    place = _place(path)
+    parts = parts_of(path)
+    if split is None or not parts:
+        source = opener.open([place], classes, depth=1 if parts else 0)
+        return hold_out(source)[split == "val"] if split in ("train", "val") else source
+    part = split.removesuffix("-or-all")
+    if "val" not in parts:  # D/train alone
+        source = opener.open(parts["train"], classes)
+        return source if split == "train-or-all" else hold_out(source)[part == "val"]
+    if split in ("train-or-all", "val-or-all") or classes is not None:
+        return opener.open(parts[part], classes)
+    train = opener.open(parts["train"], None)
+    val = opener.open(parts["val"], train.classes)
+    _check_same_classes(train, val)
+    return val if part == "val" else train
+
+
+def parts_of(path: str | Path) -> dict[str, list[Path]]:
+    """Return what "train" and "val" are on disk: both, only "train", or {} when `path` is one whole."""
+    place = _place(path)
+    if not place.is_dir():
+        return {}
+    parts = {part: found for part, names in _PART_NAMES.items() if (found := _part(place, names))}
+    if "train" in parts and ("val" in parts or _is_alone(parts["train"][0])):
+        return parts
+    return {}
+
+
+_PART_NAMES = {"train": ("train",), "val": VAL_NAMES}
+
+
+def _part(place: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return the folder or the parquet files (``val.parquet``, ``val-00000-of-00002.parquet``) of a part."""
+    for name in names:
+        if (place / name).is_dir():
+            return [place / name]
+        if files := [file for file in _parquets(place) if file.stem == name or file.stem.startswith(f"{name}-")]:
+            return files
+    return []
+
+
+def _is_alone(train: Path) -> bool:
+    """Tell a split called train from a class called train: nothing else to see beside it."""
+    return train.is_dir() and all(entry == train.name or entry[0] == "." for entry in os.listdir(train.parent))
+
+
+def _parquets(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.parquet") if file.name[0] != ".")
+
+
+def _place(path: str | Path) -> Path:
+    """Return the existing path that the user means."""
+    text = str(path)
+    if text.startswith("builtin:"):
+        place = BUILTIN / text.removeprefix("builtin:")
+        if place.parent != BUILTIN or not place.is_dir():
+            raise MaekitError("E-DATA-PATH", "no such built-in data set", found=text, expected="builtin:fashion")
+        return place
+    expected = "a folder, a list file (.txt, .csv, .tsv), a .parquet file or folder, or builtin:fashion"
+    if NO_PATH.match(text):
+        hint = "download the data first; nothing is fetched or executed here"
+        raise MaekitError("E-DATA-PATH", "not a path", found=text, expected=expected, hint=hint)
+    place = Path(text).expanduser()
+    try:
+        place.stat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MaekitError("E-DATA-PATH", f"cannot open {text}", found=reason, expected=expected) from None
+    return place
+
+
+class _Opener:
+    """Opens parts of one data set with the same name and columns."""
+
+    def __init__(self, name: str, image_column: str | None, label_column: str | None) -> None:
+        self.name = name
+        self.columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+
+    def open(self, places: list[Path], classes: list[str] | None, depth: int = 0) -> Source:
+        """Open one folder or file, or several parquet files; `depth`: path parts above the class folders."""
+        place = places[0]
+        if place.is_dir():
+            places = [file for file in _parquets(place) if has_images(file)]
+            if not places:
+                return open_folder(place, self.name, classes, depth)
+        if places[0].suffix.lower() == ".parquet":
+            return open_parquet(places, self.name, classes=classes, **self.columns)
+        if place.suffix.lower() in LIST_SUFFIX:
+            return open_list(place, self.name, classes=classes, **self.columns)
+        expected = "a folder, a list file (.txt, .csv, .tsv) or a .parquet file"
+        raise MaekitError("E-DATA-PATH", f"cannot use {place}", found="a file of another kind", expected=expected)
+
+
+def open_folder(folder: Path, name: str, classes: list[str] | None = None, depth: int = 0) -> FileSource:
+    """List the images in a folder and below; first-level folders are classes if every image lies in one.
+
+    Args:
+        folder: where to look; hidden entries are passed over.
+        name: what to call it in messages.
+        classes: class names of another source, see `open_source`.
+        depth: how many path parts stand before the class (1: train/CLASS/image.jpg).
+    """
+    keys, others = _listing(folder)
+    if not keys:
+        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no visible file"
+        raise MaekitError("E-DATA-EMPTY", f"no images in {folder}", found=found, expected=" ".join(sorted(SUFFIXES)))
+    ids = [_id(key) for key in keys]
+    parts = [one.split("/") for one in ids]
+    if any(len(one) < depth + 2 for one in parts):
+        return FileSource(name, ids, keys, root=str(folder))
+    names = [one[depth] for one in parts]
+    labels, known = number(names, sorted(set(names)), classes, name)
+    return FileSource(name, ids, keys, labels, known, str(folder))
+
+
+def other_files(path: str | Path) -> Counter[str]:
+    """Count the visible files of a folder that no one reads, by suffix."""
+    place = _place(path)
+    return _listing(place)[1] if place.is_dir() else Counter()
+
+
+def _listing(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Return the sorted paths of images, and the suffixes of all other files."""
+    keys, others = [], Counter()
+    for key in _walk(str(folder)):
+        suffix = os.path.splitext(key)[1].lower()
+        if suffix in SUFFIXES:
+            keys.append(key)
+        else:
+            others[suffix or "without suffix"] += 1
+    return sorted(keys, key=_id), others
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Yield what is not a folder, relative to `root`. A folder is entered once, so links cannot make a loop.
+
+    A folder with an image's suffix is yielded too: it will be listed as a bad image.
+    """
+    seen, waiting = set(), [""]
+    while waiting:
+        inside = waiting.pop()
+        try:
+            status = os.stat(os.path.join(root, inside))
+            entries = sorted(os.scandir(os.path.join(root, inside)), key=lambda entry: entry.name)
+        except OSError as error:
+            where = os.path.join(root, inside)
+            raise MaekitError("E-DATA-PATH", f"cannot list {where}", found=error.strerror) from None
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            continue
+        seen.add(place)
+        folders = []
+        for entry in entries:
+            key = os.path.join(inside, entry.name)
+            if entry.name[0] == ".":
+                continue
+            if _is_folder(entry) and os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+                folders.append(key)
+            else:
+                yield key
+        waiting += reversed(folders)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _id(key: str) -> str:
+    """Return a path with forward slashes that any encoding can hold: names need not be UTF-8."""
+    if os.sep != "/":
+        key = key.replace(os.sep, "/")
+    return key if key.isascii() else os.fsencode(key).decode("utf-8", "backslashreplace")
+
+
+def _check_same_classes(train: Source, val: Source) -> None:
+    """Refuse parts of one data set that do not hold the same classes."""
+    if train.labels is None and val.labels is None:
+        return
+    if train.labels is None or val.labels is None or train.classes is None:
+        bare, other = ("train", "val") if train.labels is None else ("val", "train")
+        raise MaekitError("E-DATA-CLASSES", f"{bare} of {train.name} has no labels", expected=f"classes as in {other}")
+    if missing := [train.classes[label] for label in sorted(set(train.labels) - set(val.labels))]:
+        raise MaekitError(
+            "E-DATA-CLASSES",
+            f"train of {train.name} has {len(missing)} classes not in val",
+            found=", ".join(map(repr, missing[:10])),
+            expected="the same classes in both",
+            hint="add images of them to val, or move them out of train",
+        )
+
+
+def hold_out(source: Source, fraction: float = 0.2) -> tuple[Source, Source]:
+    """Split into (train, val): of each class the `fraction` with the smallest SHA-256 of the id is held out.
+
+    At least one image of a class of two or more is held out; both keep the order of `source`.
+
+    Raises:
+        MaekitError: E-DATA-EMPTY when nothing is left for one of them.
+    """
+    held: set[int] = set()
+    for members in _by_class(source).values():
+        count = max(round(fraction * len(members)), min(1, len(members) - 1))
+        held.update(sorted(members, key=lambda i: (_hash(source.ids[i]), i))[:count])
+    if not 0 < len(held) < len(source):
+        found = f"{len(source)} images"
+        raise MaekitError("E-DATA-EMPTY", f"cannot hold out a part of {source.name}", found=found, expected="2 or more")
+    everything = range(len(source))
+    return source.subset([i for i in everything if i not in held]), source.subset(sorted(held))
+
+
+def label_subset(source: Source, spec: str | None, seed: int = 0) -> list[int]:
+    """Return the sorted indices of a part of the labelled images, the same for equal ids and seed.
+
+    Args:
+        source: a source with labels.
+        spec: "10/class", "1%" of each class (at least one), "250" in all, as even over the classes as can be;
+            None or "100%": all.
+        seed: which images; they are taken by SHA-256 of (seed, id), so a smaller part lies within a larger one.
+
+    Raises:
+        MaekitError: E-DATA-LABELS without labels or with too few, E-USAGE-LABELS for another spec.
+    """
+    if source.labels is None:
+        raise MaekitError("E-DATA-LABELS", f"{source.name} has no labels", expected="class folders or a label column")
+    if spec is None:
+        return list(range(len(source)))
+    queues = [
+        sorted(members, key=lambda i: (_hash(f"{seed}:{source.ids[i]}"), i))
+        for _, members in sorted(_by_class(source).items())
+    ]
+    counts = _counts(spec, [len(queue) for queue in queues])
+    for queue, count in zip(queues, counts, strict=True):
+        if count > len(queue):
+            name = (source.classes or [])[source.labels[queue[0]]]
+            raise MaekitError(
+                "E-DATA-LABELS", f"class {name!r} of {source.name}", found=f"{len(queue)} images",
+                expected=f"{count} for --labels {spec}",
+            )  # fmt: skip
+    return sorted(i for queue, count in zip(queues, counts, strict=True) for i in queue[:count])
+
+
+def _counts(spec: str, sizes: list[int]) -> list[int]:
+    """Return how many of each class a spec asks for."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)(%|/class)?", spec.strip())
+    value, unit = (float(match[1]), match[2]) if match else (0.0, None)
+    if value <= 0 or (unit == "%" and value > 100) or (unit != "%" and value != int(value)):
+        raise MaekitError("E-USAGE-LABELS", "setting labels", found=spec, expected="10/class, 1%, 100% or a count")
+    if unit == "/class":
+        return [int(value)] * len(sizes)
+    if unit == "%":
+        return [max(1, round(size * value / 100)) for size in sizes]
+    return _share(int(value), sizes)
+
+
+def _share(total: int, sizes: list[int]) -> list[int]:
+    """Deal `total` over the classes one by one; a class that is used up is passed over."""
+    if not len(sizes) <= total <= sum(sizes):
+        expected = f"{len(sizes)} (one per class) to {sum(sizes)}"
+        raise MaekitError("E-DATA-LABELS", "setting labels", found=total, expected=expected)
+    counts = [0] * len(sizes)
+    while total:
+        open_classes = [i for i, size in enumerate(sizes) if counts[i] < size]
+        each = max(1, min(total // len(open_classes), *(sizes[i] - counts[i] for i in open_classes)))
+        for i in open_classes[:total]:
+            counts[i] += each
+        total -= each * len(open_classes[:total])
+    return counts
+
+
+def _by_class(source: Source) -> dict[int, list[int]]:
+    """Return the indices of each label; one group when there are no labels."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(source)):
+        groups[source.labels[i] if source.labels is not None else 0].append(i)
+    return groups
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

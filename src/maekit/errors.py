@@ -1,0 +1,53 @@
+"""The one error that users see: what, where, found, expected, what to try.
+
+Every fault a user can cause is raised as `MaekitError`; the command line prints it as one line and
+exits with the code of its family. `assert` is for invariants of our own code only.
+"""
+
+import re
+
+EXIT_CODES = {"USAGE": 2, "CONFIG": 2, "DATA": 3, "NUM": 4, "CKPT": 4, "ENV": 5, "STOP": 75}
+"""Family (the word after ``E-``) -> exit code of the process; a code is ``E-FAMILY-DETAIL``."""
+
+
+class MaekitError(ValueError):
+    """One line: ``what: found x, expected y. Try: z`` with a code ``E-FAMILY-DETAIL``.
+
+    Args:
+        code: ``E-FAMILY-DETAIL``; the family is a key of `EXIT_CODES`.
+        what: what went wrong and where (path, setting, step).
+        found: what was there; text from files is escaped and cut.
+        expected: what should have been there.
+        hint: one action that mends it.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        what: str,
+        *,
+        found: object = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        assert re.fullmatch(r"E-[A-Z]+-[A-Z0-9-]+", code) and code.split("-")[1] in EXIT_CODES, code
+        self.code, self.exit_code = code, EXIT_CODES[code.split("-")[1]]
+        facts = ", ".join(
+            f"{word} {clean(value)}"
+            for word, value in (("found", found), ("expected", expected))
+            if value is not None
+        )
+        line = clean(what, 600) + (f": {facts}" if facts else "")
+        super().__init__(line + (f". Try: {clean(hint, 400)}" if hint else ""))
+
+    def __str__(self) -> str:
+        return f"error[{self.code}]: {self.args[0]}"
+
+
+def clean(text: object, limit: int = 200) -> str:
+    """Return `text` on one line, control characters escaped, cut to `limit` characters.
+
+    File names and file contents can carry newlines and terminal escapes (reliability: message style).
+    """
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""Weights in and out. Everything that reads a file of weights does it here."""

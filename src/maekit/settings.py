@@ -1,0 +1,257 @@
+"""Every setting of every verb: its meaning, default, range and source. Imports no torch, so help is fast.
+
+One word is one setting everywhere: `mask_ratio` here, `--mask-ratio` on the command line, `mask_ratio:` in a
+YAML file. Settings are grouped in mix-in classes (the groups of ``--help``); a verb's settings are their sum.
+A value is decided by: default < recipe < config file < flag (`maekit.config.resolve`).
+
+Sources: "T8", "T9" ... are tables of the paper (arXiv 2111.06377, appendix A), "OFF" the authors' public code.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+FORMAT = 1
+"""Format number written into config.yaml, weights and checkpoints; a higher one is refused."""
+
+
+def setting(default: Any, text: str, *, resume: Literal["same", "free"] = "same", **limits: Any) -> Any:
+    """Declare one setting.
+
+    Args:
+        default: its value when nobody says otherwise.
+        text: the line of ``--help``.
+        resume: "same": a run goes on only with the same value; "free": may change between stop and resume.
+        limits: pydantic's ``gt``, ``ge``, ``lt``, ``le``.
+    """
+    return Field(default, description=text, json_schema_extra={"resume": resume}, **limits)
+
+
+def _pair(value: Any) -> Any:
+    """Read ``224`` as 224 x 224, also from the command line's list of one."""
+    if isinstance(value, str | int):
+        value = [value]
+    return tuple(value) * 2 if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
+AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, NaN and infinity too."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Settings that the command line takes without a flag, in order; a list takes all that is left."""
+
+
+class Machine(Settings):
+    """Where it runs"""
+
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", resume="free")
+    seed: int = setting(0, "seed of order, crops, flips, masks and initial weights", ge=0, lt=2**63)
+
+
+class Images(Settings):
+    """Images"""
+
+    data: str | None = setting(
+        None, "folder of images, list file (.txt/.csv), .parquet file or folder, or builtin:fashion", resume="free"
+    )
+    image_column: str | None = setting(None, "parquet column with the image bytes; default: found by content")
+    label_column: str | None = setting(None, "parquet column with the label; default: label, labels, class, target")
+    workers: AutoWorkers = setting(
+        "auto", "loader processes; 0 loads in the main one; any number gives the same bits", resume="free"
+    )
+
+
+class Size(Settings):
+    """Images"""
+
+    img_size: ImageSize = setting((224, 224), "side in pixels, or height and width")
+    channels: int | None = setting(None, "channels per image; default: 3, or what .npy arrays hold", ge=1, le=4096)
+
+
+class Statistics(Settings):
+    """Normalisation"""
+
+    stats: Literal["dataset", "imagenet"] = setting(
+        "dataset", "dataset: mean and std measured once on the training images; imagenet: those of the paper"
+    )
+
+
+class Architecture(Settings):
+    """Model"""
+
+    model: str = setting("vit_base_patch16_224", "any plain timm VisionTransformer")
+    patch_size: int | None = setting(None, "patch side in pixels; default: the model's own", ge=1)
+    embed_dim: int | None = setting(None, "encoder width; default: the model's own", ge=4)
+    depth: int | None = setting(None, "encoder blocks; default: the model's own", ge=1)
+    num_heads: int | None = setting(None, "encoder attention heads; default: the model's own", ge=1)
+
+
+class Autoencoder(Architecture):
+    """Model"""
+
+    decoder_dim: int = setting(512, "decoder width (paper section 4, default row)", ge=4)
+    decoder_depth: int = setting(8, "decoder blocks (paper section 4, default row)", ge=1)
+    decoder_heads: int = setting(16, "decoder attention heads (OFF)", ge=1)
+    target: Literal["norm_pixel", "pixel"] = setting(
+        "norm_pixel", "what is predicted: each patch normalised by its own mean and variance, or plain pixels"
+    )
+    mask_ratio: float = setting(0.75, "share of patches removed (paper Fig. 5)", gt=0, lt=1)
+
+
+class Loop(Settings):
+    """Training"""
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("epochs", "steps"), ("base_lr", "lr"), ("warmup_epochs", "warmup_steps"))
+
+    epochs: float | None = setting(None, "length of the schedule in passes over the data", gt=0)
+    steps: int | None = setting(None, "length of the schedule in optimizer steps", gt=0)
+    batch_size: int = setting(4096, "global batch: all processes, all accumulation steps", ge=1)
+    micro_batch: AutoCount = setting("auto", "images per process and pass; must divide the global batch")
+    base_lr: float | None = setting(None, "learning rate per 256 images; lr = base_lr * batch_size / 256", gt=0)
+    lr: float | None = setting(None, "peak learning rate itself, in place of base_lr", gt=0)
+    min_lr: float = setting(0.0, "where the half-cosine ends", ge=0)
+    warmup_epochs: float | None = setting(None, "linear warm-up from 0, in epochs", ge=0)
+    warmup_steps: int | None = setting(None, "linear warm-up from 0, in steps", ge=0)
+    weight_decay: float = setting(0.05, "AdamW weight decay (T8, T9)", ge=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (T8: .9 .95; T9: .9 .999)")
+    clip_grad: float | None = setting(None, "largest gradient norm; default: no clipping (OFF)", gt=0)
+    ema: float | None = setting(None, "decay of an average of the weights, kept beside them; default: none", gt=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
+    compile: bool = setting(False, "compile the model with torch.compile (needs a C++ compiler on CPU)")
+    save_every: int | None = setting(None, "steps between checkpoints; default: once per epoch", ge=1, resume="free")
+    keep: int = setting(2, "newest checkpoints that stay on disk", ge=1, resume="free")
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", ge=1)
+    stop_at: int | None = setting(None, "stop after this step of the unchanged schedule, save, exit 75", ge=1, resume="free")
+    nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
+
+
+class Pretrain(Images, Size, Statistics, Autoencoder, Loop, Machine):
+    """Pre-train a masked autoencoder on unlabelled images."""
+
+    out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
+    init: Path | None = setting(None, "start from these weights (decoder too if it is there)")
+    epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
+    base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
+    warmup_epochs: float | None = setting(40, "linear warm-up from 0, in epochs (T8)", ge=0)
+    crop_scale: tuple[float, float] = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
+    flip: bool = setting(True, "mirror half of the images (T8)")
+    drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
+
+
+class Labels(Settings):
+    """Labels"""
+
+    labels: str | None = setting(None, "part of the training labels: 10/class, 1%, 100% or a count; default: all")
+    label_seed: int = setting(0, "which images that part holds; the same for every arm compared", ge=0, lt=2**63)
+    val_data: str | None = setting(
+        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 %% per class held out by a hash"
+    )
+
+
+class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
+    """Train encoder and head on labelled images."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights to start from", resume="free")
+    img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")
+    from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
+    out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
+    pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens under a new norm (OFF), or the class token")
+    epochs: float | None = setting(100, "length of the schedule in passes over the data (T9, ViT-B)", gt=0)
+    batch_size: int = setting(1024, "global batch (T9)", ge=1)
+    base_lr: float | None = setting(5e-4, "learning rate per 256 images (OFF, ViT-B)", gt=0)
+    min_lr: float = setting(1e-6, "where the half-cosine ends (OFF)", ge=0)
+    warmup_epochs: float | None = setting(5, "linear warm-up from 0, in epochs (T9)", ge=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas (T9)")
+    layer_decay: float = setting(0.65, "learning rate factor per block downwards (OFF, ViT-B; T9: .75)", gt=0, le=1)
+    drop_path: float = setting(0.1, "stochastic depth, rising linearly over the blocks (T9, ViT-B)", ge=0, lt=1)
+    label_smoothing: float = setting(0.1, "label smoothing (T9)", ge=0, lt=1)
+    mixup: float = setting(0.8, "mixup alpha; 0: off (T9)", ge=0)
+    cutmix: float = setting(1.0, "cutmix alpha; 0: off (T9)", ge=0)
+    auto_augment: str | None = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment string; none: off (T9)")
+    random_erasing: float = setting(0.25, "probability of random erasing (OFF; the paper lists none)", ge=0, le=1)
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area range of the random crop (OFF)")
+    flip: bool = setting(True, "mirror half of the images")
+    crop_pct: float | None = setting(None, "part of the resized image that is scored; default: .875 from 112 to 224 px, otherwise 1", gt=0, le=1)
+    eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1, resume="free")
+
+
+class Probe(Images, Labels, Machine):
+    """Score frozen features with a linear classifier."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    out: Path | None = setting(None, "folder for result.json; the lars protocol keeps its checkpoints there", resume="free")
+    protocol: Literal["logistic", "lars"] = setting(
+        "logistic", "logistic: regression solved on features computed once; lars: batch norm + linear layer trained (T10)"
+    )
+    pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens, or the class token")
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+    epochs: float = setting(90, "lars: passes over the data (OFF)", gt=0)
+    batch_size: int = setting(1024, "lars: global batch (OFF: 16384)", ge=1)
+    base_lr: float = setting(0.1, "lars: learning rate per 256 images (OFF)", gt=0)
+
+
+class Knn(Images, Labels, Machine):
+    """Score frozen features by their nearest neighbours."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens, or the class token")
+    k: int = setting(20, "neighbours that vote", ge=1)
+    temperature: float = setting(0.07, "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294)", gt=0)
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+    raw_pixels: bool = setting(False, "no encoder: neighbours by the pixels themselves, for comparison")
+
+
+class Reconstruct(Machine):
+    """Show images masked, predicted and original."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run", "images")
+
+    run: Path | None = setting(None, "run folder or weights")
+    images: list[Path] = setting([], "image files")
+    data: str | None = setting(None, "take images from here in place of files")
+    count: int = setting(8, "images taken from --data", ge=1, le=1000)
+    ratios: list[float] = setting([75, 85, 95], "mask ratios in per cent")
+    out: Path | None = setting(None, "folder for the pictures")
+
+
+class Embed(Images, Machine):
+    """Write the features of a data set into a file."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    pool: Literal["mean", "cls", "tokens"] = setting("mean", "mean of patch tokens, class token, or all tokens (.npy)")
+    out: Path | None = setting(None, "FILE.parquet (id, path, label, embedding) or FILE.npy (ids beside it)")
+
+
+class Data(Images):
+    """Look at a data set before any training."""
+
+    channels: int | None = setting(None, "channels per image; default: 3, or what .npy arrays hold", ge=1, le=4096)
+
+    positional: ClassVar[tuple[str, ...]] = ("data",)
+
+
+class Quickstart(Images, Size, Machine):
+    """From images to a report: pre-train, look, measure, fine-tune with few labels."""
+
+    data: str | None = setting("builtin:fashion", "your own images; default: the built-in ones")
+    img_size: ImageSize | None = setting(None, "default: chosen from the images")
+    minutes: float = setting(5.0, "time to spend", gt=0)
+    out: Path | None = setting(None, "folder for runs and report; default: runs/quickstart")

@@ -1,0 +1,18 @@
+"""One file = one verb: each reads top to bottom like a script and composes data, model and train."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verb found.
+
+    Attributes:
+        metrics: JSON-able, printed with ``--json``.
+        text: for people.
+        exit_code: the process's; 75: stopped, can go on.
+    """
+
+    metrics: dict[str, object]
+    text: str = ""
+    exit_code: int = 0

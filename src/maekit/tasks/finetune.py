@@ -1,0 +1,235 @@
+"""Train encoder and head on labelled images, from pre-trained or random weights under one recipe."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maekit.data.augment import EvalView, FinetuneView, default_crop_pct
+from maekit.data.loader import Batch, Loader
+from maekit.data.sources import Source
+from maekit.errors import MaekitError
+from maekit.interchange.weights import load_model, metadata
+from maekit.model.heads import classifier
+from maekit.model.mae import MaskedAutoencoder, create_model
+from maekit.seeds import seed_all
+from maekit.settings import Finetune
+from maekit.tasks import Result
+from maekit.tasks.features import labelled_splits
+from maekit.tasks.run_folder import Resolved, Run, finish, open_run, stopped, typed
+from maekit.tasks.training import (
+    PATCHES_PER_PASS,
+    Statistics,
+    channels_of,
+    default_out,
+    number_of_workers,
+    prepare,
+    say_what_runs,
+    spread,
+)
+from maekit.train.device import World, world
+from maekit.train.loop import Evaluate, Plan, autocast, fit
+from maekit.train.optim import adamw, finetune_groups
+from maekit.train.schedule import schedule
+
+
+def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] | None = None) -> Result:
+    """Fine-tune, or go on with a run that was stopped.
+
+    Args:
+        settings: as on the command line; a dictionary is checked like a config file.
+        splits: training part and part to score on, in place of ``settings.data``.
+
+    Returns:
+        run, steps, loss, images_per_second, state_sha256 and top1 of the last epoch on the held-out images
+        (and ema_top1 with ``--ema``); exit code 75 if stopped before the end.
+
+    Raises:
+        MaekitError: for everything a user can cause.
+    """
+    settings = typed(Finetune, settings)
+    if (result := spread(settings, finetune, splits)) is not None:
+        return result
+    with world(settings.device) as here:
+        train, val = splits or labelled_splits(settings)
+        run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
+        if run.result is not None:
+            return Result(run.result, f"{run.path} is finished: nothing to do")
+        return _train(settings, train, val, run, here)
+
+
+def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World) -> Result:
+    origin, statistics = _origin(settings, train)
+    num_classes = len(train.classes or [])
+    resolved = prepare(
+        run, settings, settings, train, here,
+        num_patches=origin.num_patches, channels=len(origin.mean), statistics=statistics, classes=train.classes,
+    )  # fmt: skip
+    origin.set_statistics(resolved.mean, resolved.std)
+    seed_all(settings.seed)
+    model = classifier(
+        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
+    )
+    model.to(here.device).train()
+
+    fill = tuple(round(255 * value) for value in resolved.mean)
+    view = FinetuneView(origin.img_size, settings.crop_scale, settings.flip, settings.auto_augment, fill)
+    loader = Loader(
+        train,
+        view,
+        batch_size=settings.batch_size,
+        micro_batch=resolved.micro_batch,
+        mean=resolved.mean,
+        std=resolved.std,
+        seed=settings.seed,
+        workers=number_of_workers(settings.workers, len(train), origin.img_size),
+        device=here.device,
+        rank=here.rank,
+        world=here.size,
+        bad_log=run.path / "bad_files.jsonl",
+    )
+    timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
+    every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
+    loop = settings.model_copy(update={"precision": resolved.precision})
+    plan = Plan(timing, loop, settings.seed, _metadata(origin, settings, train), eval_every=every)
+    say_what_runs("finetune", model, train, timing.total, here, resolved)
+
+    step = supervised_step(settings, num_classes, here.device)
+    groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
+    optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)
+    evaluate = scorer(
+        val, origin.img_size, resolved.mean, resolved.std, here,
+        workers=settings.workers, precision=resolved.precision, crop_pct=settings.crop_pct,
+    )  # fmt: skip
+    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
+
+    metrics: dict[str, Any] = {
+        "run": str(run.path),
+        "steps": outcome.step,
+        "loss": outcome.loss,
+        "images_per_second": round(outcome.images_per_second, 1),
+        "state_sha256": outcome.state_sha256,
+        **{name.replace("val/", ""): score for name, score in outcome.scores.items()},
+        "train_images": len(train),
+        "val_images": len(val),
+    }
+    if outcome.stopped:
+        return stopped(metrics)
+    if here.is_main:
+        finish(run, metrics)
+    start = "random weights" if settings.from_scratch else str(settings.run)
+    return Result(
+        metrics,
+        f"{run.path}: top-1 {metrics['top1']:.4f} after the last epoch, from {start}; "
+        f"{len(train)} labels, scored on {len(val)} held-out images",
+    )
+
+
+def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Statistics | None]:
+    """Return the model whose architecture and, unless from scratch, weights are taken, and its statistics.
+
+    Raises:
+        MaekitError: E-USAGE-RUN without a start, E-CONFIG-SIZE for another image size than the weights'.
+    """
+    if settings.run is None and not settings.from_scratch:
+        raise MaekitError("E-USAGE-RUN", "nothing to start from", hint="a run folder as first argument, or --from-scratch")
+    if settings.run is None:
+        model = create_model(
+            settings.model,
+            img_size=settings.img_size or (224, 224),
+            patch_size=settings.patch_size,
+            in_chans=channels_of(train, settings.channels),
+            embed_dim=settings.embed_dim,
+            depth=settings.depth,
+            num_heads=settings.num_heads,
+        )
+        return model, None
+    _refuse_architecture(settings)
+    model = load_model(settings.run)
+    if settings.img_size not in (None, model.img_size):
+        raise MaekitError(
+            "E-CONFIG-SIZE", "setting img_size", found=settings.img_size, expected=f"{model.img_size}, that of {settings.run}", hint="no --img-size"
+        )
+    return model, (model.mean, model.std)
+
+
+def _refuse_architecture(settings: Finetune) -> None:
+    """Refuse settings of the architecture beside a RUN, which brings its own: nothing is accepted and ignored."""
+    for name in ("model", "patch_size", "embed_dim", "depth", "num_heads", "channels"):
+        if getattr(settings, name) != Finetune.model_fields[name].default:
+            raise MaekitError(
+                "E-CONFIG-BOTH", f"setting {name}", found=getattr(settings, name), expected=f"that of {settings.run}", hint=f"no --{name.replace('_', '-')}"
+            )
+
+
+def supervised_step(settings: Finetune, num_classes: int, device: torch.device) -> Any:
+    """Return the step function: mixup or cutmix, random erasing, label smoothing, cross-entropy (paper table 9).
+
+    Mixup and erasing draw from the generators that the loop seeds with (seed, step, rank).
+    """
+    mixup = Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.label_smoothing,
+        num_classes=num_classes,
+    )
+    mixes = settings.mixup > 0 or settings.cutmix > 0
+    erase = RandomErasing(settings.random_erasing, mode="pixel", device=str(device)) if settings.random_erasing else None
+
+    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, labels = batch["images"], batch["labels"]
+        if erase is not None:
+            images = erase(images)
+        if mixes and len(images) % 2 == 0:  # timm mixes a batch with its own reverse
+            images, targets = mixup(images, labels)
+            return {"loss": F.cross_entropy(module(images), targets)}
+        return {"loss": F.cross_entropy(module(images), labels, label_smoothing=settings.label_smoothing)}
+
+    return step
+
+
+def scorer(
+    val: Source,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    here: World,
+    *,
+    workers: int | str,
+    precision: str = "fp32",
+    crop_pct: float | None = None,
+) -> Evaluate:
+    """Return the evaluation of a classifier: top-1 over every held-out image exactly once, at any world size."""
+    loader = Loader(
+        val,
+        EvalView(size, crop_pct or default_crop_pct(size)),
+        batch_size=len(val),
+        micro_batch=max(1, PATCHES_PER_PASS // 196),
+        mean=mean,
+        std=std,
+        workers=number_of_workers(workers, len(val), size),
+        device=here.device,
+        rank=here.rank,
+        world=here.size,
+    )
+
+    def evaluate(model: nn.Module) -> Iterator[tuple[str, float]]:
+        right, lost = [], []
+        for batch in loader.sweep():
+            with autocast(precision, here.device):
+                logits = model(batch["images"]).float()
+            right.append((logits.argmax(1) == batch["labels"]).cpu())
+            lost.append(F.cross_entropy(logits, batch["labels"], reduction="none").cpu())
+        yield "val/top1", float(here.gather(torch.cat(right)).double().mean())
+        yield "val/loss", float(here.gather(torch.cat(lost)).double().mean())
+
+    return evaluate
+
+
+def _metadata(origin: MaskedAutoencoder, settings: Finetune, train: Source) -> dict[str, str]:
+    return metadata(origin, "classifier", classes=train.classes, pool=settings.pool)

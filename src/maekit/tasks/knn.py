@@ -1,0 +1,40 @@
+"""Score frozen features by their nearest neighbours: no training, one pass over the images."""
+
+from typing import Any
+
+from maekit.settings import Knn
+from maekit.tasks import Result
+from maekit.tasks.features import extract, knn_top1, labelled_splits, load_encoder, pixels
+from maekit.tasks.run_folder import typed
+from maekit.train.device import world
+
+
+def knn(settings: Knn | dict[str, Any]) -> Result:
+    """Return top1: the share of held-out images whose class the neighbours vote for.
+
+    Raises:
+        MaekitError: E-USAGE-, E-DATA-, E-CKPT-.
+    """
+    settings = typed(Knn, settings)
+    with world(settings.device) as here:
+        train, val = labelled_splits(settings)
+        model = load_encoder(settings, here)
+        if settings.raw_pixels:
+            parts = [pixels(part, model.img_size, len(model.mean), workers=settings.workers) for part in (train, val)]
+        else:
+            parts = [
+                extract(model, part, here, pool=settings.pool, workers=settings.workers, title=f"features of {name}")
+                for name, part in (("train", train), ("val", val))
+            ]
+    num_classes = len(train.classes or [])
+    top1 = knn_top1(*parts, num_classes=num_classes, k=settings.k, temperature=settings.temperature)
+    what = "raw pixels" if settings.raw_pixels else "random encoder" if settings.random_init else str(settings.run)
+    metrics = {
+        "run": str(settings.run),
+        "features": what,
+        "top1": top1,
+        "k": settings.k,
+        "train_images": len(train),
+        "val_images": len(val),
+    }
+    return Result(metrics, f"kNN top-1 {top1:.4f} ({what}; k {settings.k}; {len(train)} labels, scored on {val.name}, {len(val)} images)")

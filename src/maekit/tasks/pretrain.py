@@ -1,0 +1,173 @@
+"""Pre-train a masked autoencoder: images -> run folder with weights, curves and pictures (arXiv 2111.06377)."""
+
+import logging
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from maekit.data.augment import EvalView, PretrainView, default_crop_pct
+from maekit.data.loader import Batch, Loader
+from maekit.data.sources import DatasetSource, Source, open_source
+from maekit.errors import MaekitError
+from maekit.interchange.weights import load_model, metadata, save_encoder
+from maekit.model.mae import MaskedAutoencoder, create_model
+from maekit.report.pretraining import pretrain_report
+from maekit.seeds import seed_all
+from maekit.settings import Pretrain
+from maekit.tasks import Result
+from maekit.tasks.run_folder import Run, finish, open_run, stopped, typed
+from maekit.tasks.training import channels_of, default_out, number_of_workers, prepare, say_what_runs, spread
+from maekit.train.device import World, world
+from maekit.train.loop import Plan, fit
+from maekit.train.optim import adamw, pretrain_groups
+from maekit.train.schedule import schedule
+
+log = logging.getLogger("maekit")
+
+
+def pretrain(settings: Pretrain | dict[str, Any], dataset: Any = None) -> Result:
+    """Pre-train, or go on with a run that was stopped.
+
+    Args:
+        settings: as on the command line; a dictionary is checked like a config file.
+        dataset: in place of ``settings.data``: a `Source` or any map-style dataset of images or (image, label).
+
+    Returns:
+        run, steps, loss, images_per_second, state_sha256; exit code 75 if stopped before the end.
+
+    Raises:
+        MaekitError: for everything a user can cause; codes E-CONFIG-, E-DATA-, E-NUM-, E-CKPT-, E-ENV-, E-STOP-.
+    """
+    settings = typed(Pretrain, settings)
+    if (result := spread(settings, pretrain, dataset)) is not None:
+        return result
+    with world(settings.device) as here:
+        source = _source(settings, dataset)
+        run = open_run(settings.out or default_out("pretrain", settings.data), "pretrain", settings)
+        if run.result is not None:
+            return Result(run.result, f"{run.path} is finished: nothing to do")
+        return _train(settings, source, run, here)
+
+
+def _source(settings: Pretrain, dataset: Any) -> Source:
+    if dataset is not None:
+        return dataset if isinstance(dataset, Source) else DatasetSource(dataset)
+    if settings.data is None:
+        raise MaekitError("E-USAGE-DATA", "no images named", hint="--data FOLDER, or --data builtin:fashion")
+    return open_source(
+        settings.data, "train-or-all", image_column=settings.image_column, label_column=settings.label_column
+    )
+
+
+def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
+    channels = channels_of(source, settings.channels)
+    model = new_model(settings, channels)
+    resolved = prepare(
+        run, settings, settings, source, here,
+        num_patches=model.num_patches, channels=channels, statistics=_statistics(settings, channels),
+    )  # fmt: skip
+    model.set_statistics(resolved.mean, resolved.std)
+    if settings.init is not None:
+        start_from(model, load_model(settings.init))
+    model.to(here.device).train()
+
+    view = PretrainView(settings.img_size, settings.crop_scale, settings.flip)
+    loader = Loader(
+        source,
+        view,
+        batch_size=settings.batch_size,
+        micro_batch=resolved.micro_batch,
+        mean=resolved.mean,
+        std=resolved.std,
+        seed=settings.seed,
+        num_noise=model.num_patches,
+        workers=number_of_workers(settings.workers, len(source), settings.img_size),
+        device=here.device,
+        rank=here.rank,
+        world=here.size,
+        bad_log=run.path / "bad_files.jsonl",
+    )
+    plan = Plan(
+        schedule(settings, loader.steps_per_epoch, loader.batch_size),
+        settings.model_copy(update={"precision": resolved.precision}),
+        settings.seed,
+        metadata(model),
+    )
+    say_what_runs("pretrain", model, source, plan.schedule.total, here, resolved)
+
+    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(module, MaskedAutoencoder)
+        return {"loss": module.loss(batch["images"], batch["noise"], mask_ratio=settings.mask_ratio)}
+
+    groups = pretrain_groups(model, settings.weight_decay)
+    optimizer = adamw(groups, betas=settings.betas, lr=plan.schedule.peak)
+    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here)
+
+    metrics: dict[str, Any] = {
+        "run": str(run.path),
+        "steps": outcome.step,
+        "loss": outcome.loss,
+        "images_per_second": round(outcome.images_per_second, 1),
+        "state_sha256": outcome.state_sha256,
+    }
+    if outcome.stopped:
+        return stopped(metrics)
+    if here.is_main:
+        save_encoder(model, run.path / "encoder.safetensors")
+        pretrain_report(run.path, model.eval(), some_images(source, model), settings.seed)
+        finish(run, metrics)
+    here.barrier()
+    return Result(metrics, f"{run.path}: {outcome.step} steps, loss {outcome.loss:.4f}; look at {run.path}/report.html")
+
+
+def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
+    """Build the model of these settings; its initial weights are a function of the seed."""
+    seed_all(settings.seed)
+    return create_model(
+        settings.model,
+        img_size=settings.img_size,
+        patch_size=settings.patch_size,
+        in_chans=channels,
+        embed_dim=settings.embed_dim,
+        depth=settings.depth,
+        num_heads=settings.num_heads,
+        drop_path=settings.drop_path,
+        decoder_dim=settings.decoder_dim,
+        decoder_depth=settings.decoder_depth,
+        decoder_heads=settings.decoder_heads,
+        target=settings.target,
+    )
+
+
+def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder) -> None:
+    """Take weights over, encoder and decoder; the fixed position tables stay those of the new image size.
+
+    Raises:
+        MaekitError: E-CKPT-MODEL if a tensor does not fit.
+    """
+    mine, theirs = model.state_dict(), old.state_dict()
+    learned = [name for name in mine if not name.endswith("pos_embed")]
+    wrong = [name for name in learned if name not in theirs or theirs[name].shape != mine[name].shape]
+    if wrong:
+        found = f"{wrong[0]} missing or of another shape" + (f", and {len(wrong) - 1} more" if wrong[1:] else "")
+        raise MaekitError("E-CKPT-MODEL", "setting init", found=found, expected="weights of this architecture")
+    model.load_state_dict({name: theirs[name] for name in learned}, strict=False)
+
+
+def some_images(source: Source, model: MaskedAutoencoder, count: int = 8) -> Tensor:
+    """Return up to `count` readable images, evenly spaced over the source, (n, C, H, W) as evaluation sees them."""
+    every = max(1, len(source) // count)
+    chosen = source.subset(range(0, len(source), every)[:count])
+    view = EvalView(model.img_size, default_crop_pct(model.img_size))
+    ones = (1.0,) * len(model.mean)
+    loader = Loader(chosen, view, batch_size=count, micro_batch=count, mean=(0.0,) * len(ones), std=ones)
+    return next(loader.sweep())["images"]
+
+
+def _statistics(settings: Pretrain, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if settings.stats == "dataset":
+        return None
+    if channels != 3:
+        raise MaekitError("E-CONFIG-STATS", "setting stats", found=f"imagenet for {channels} channels", hint="--stats dataset")
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -1,0 +1,153 @@
+"""Score frozen features with a linear classifier: solved (logistic) or trained as in the paper (lars)."""
+
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maekit.data.augment import FinetuneView
+from maekit.data.loader import Batch, Loader
+from maekit.data.sources import Source
+from maekit.interchange.weights import metadata
+from maekit.model.heads import LinearHead
+from maekit.model.mae import MaskedAutoencoder
+from maekit.seeds import seed_all
+from maekit.settings import Loop, Probe
+from maekit.tasks import Result
+from maekit.tasks.features import Features, extract, labelled_splits, load_encoder
+from maekit.tasks.finetune import scorer
+from maekit.tasks.run_folder import finish, open_run, stopped, typed, write_json
+from maekit.tasks.training import default_out, number_of_workers, prepare, say_what_runs
+from maekit.train.device import World, world
+from maekit.train.loop import Plan, fit
+from maekit.train.optim import lars
+from maekit.train.schedule import schedule
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse regularisation strengths among which a fifth of the training labels decides."""
+
+
+def probe(settings: Probe | dict[str, Any]) -> Result:
+    """Return top1 of a linear classifier on frozen features of held-out images.
+
+    Raises:
+        MaekitError: E-USAGE-, E-DATA-, E-CKPT-, E-CONFIG-.
+    """
+    settings = typed(Probe, settings)
+    with world(settings.device) as here:
+        train, val = labelled_splits(settings)
+        model = load_encoder(settings, here)
+        if settings.protocol == "lars":
+            return _lars(settings, model, train, val, here)
+        parts = [
+            extract(model, part, here, pool=settings.pool, workers=settings.workers, title=f"features of {name}")
+            for name, part in (("train", train), ("val", val))
+        ]
+    top1, strength = logistic_top1(*parts, seed=settings.seed)
+    metrics = {"run": str(settings.run), "top1": top1, "protocol": "logistic", "strength": strength}
+    metrics |= {"train_images": len(train), "val_images": len(val)}
+    if settings.out is not None:
+        write_json(settings.out / "result.json", metrics)
+    return Result(metrics, f"linear probe top-1 {top1:.4f} (logistic, C {strength:g}; {len(train)} labels, {len(val)} held-out images)")
+
+
+def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, float]:
+    """Solve a regularised logistic regression on standardised features to convergence.
+
+    The strength is chosen on a fifth of the *training* labels; `val` is looked at once.
+
+    Returns:
+        top-1 on `val`, and the strength C chosen (inverse regularisation, as in scikit-learn).
+    """
+    x, y = train.values.numpy(), train.labels.numpy()
+    fewest = np.bincount(y)[np.unique(y)].min()
+    strength = STRENGTHS[-2]
+    if fewest >= 5:  # else a fifth would leave classes out
+        fit_x, held_x, fit_y, held_y = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed % 2**32)
+        scores = [_regression(c).fit(fit_x, fit_y).score(held_x, held_y) for c in STRENGTHS]
+        strength = STRENGTHS[int(np.argmax(scores))]
+    solved = _regression(strength).fit(x, y)
+    return float(solved.score(val.values.numpy(), val.labels.numpy())), strength
+
+
+def _regression(strength: float) -> Any:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+
+
+class Probed(nn.Module):
+    """Frozen encoder under a trained head: batch norm without affine part and a linear layer."""
+
+    def __init__(self, model: MaskedAutoencoder, num_classes: int, pool: str) -> None:
+        super().__init__()
+        self.model, self.pool = model.requires_grad_(False), pool
+        self.head = LinearHead(model.encoder.embed_dim, num_classes)
+
+    def train(self, mode: bool = True) -> "Probed":
+        """Let only the head change its mode: the encoder stays as it is when it is used."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes)."""
+        return self.head(self.model.features(images, pool=self.pool))
+
+
+def _lars(settings: Probe, model: MaskedAutoencoder, train: Source, val: Source, here: World) -> Result:
+    """Train the head on the one loop as in the paper: LARS, no decay, 10 epochs of warm-up, crops and flips."""
+    run = open_run(settings.out or default_out("probe", settings.data), "probe", settings)
+    if run.result is not None:
+        return Result(run.result, f"{run.path} is finished: nothing to do")
+    loop = Loop(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        base_lr=settings.base_lr,
+        warmup_epochs=min(10, settings.epochs / 9),
+        weight_decay=0,
+    )
+    resolved = prepare(
+        run, settings, loop, train, here,
+        num_patches=model.num_patches, channels=len(model.mean), statistics=(model.mean, model.std), classes=train.classes,
+    )  # fmt: skip
+    seed_all(settings.seed)
+    probed = Probed(model, len(train.classes or []), settings.pool).to(here.device).train()
+    loader = Loader(
+        train,
+        FinetuneView(model.img_size),
+        batch_size=settings.batch_size,
+        micro_batch=resolved.micro_batch,
+        mean=model.mean,
+        std=model.std,
+        seed=settings.seed,
+        workers=number_of_workers(settings.workers, len(train), model.img_size),
+        device=here.device,
+        rank=here.rank,
+        world=here.size,
+        bad_log=run.path / "bad_files.jsonl",
+    )
+    plan = Plan(
+        schedule(loop, loader.steps_per_epoch, loader.batch_size),
+        loop.model_copy(update={"precision": resolved.precision}),
+        settings.seed,
+        metadata(model),
+    )
+    say_what_runs("probe", probed, train, plan.schedule.total, here, resolved)
+
+    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(module(batch["images"]), batch["labels"])}
+
+    optimizer = lars(probed.head, lr=plan.schedule.peak)
+    evaluate = scorer(val, model.img_size, model.mean, model.std, here, workers=settings.workers, precision=resolved.precision)
+    outcome = fit(probed, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
+    metrics = {"run": str(run.path), "steps": outcome.step, "loss": outcome.loss, "state_sha256": outcome.state_sha256}
+    metrics |= {"top1": outcome.scores.get("val/top1"), "protocol": "lars"}
+    if outcome.stopped:
+        return stopped(metrics)
+    if here.is_main:
+        finish(run, metrics)
+    return Result(metrics, f"linear probe top-1 {metrics['top1']:.4f} (lars, last epoch, {len(val)} held-out images)")

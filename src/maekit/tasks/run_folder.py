@@ -1,0 +1,158 @@
+"""A run folder explains itself: what was asked, what that resolved to, what came out.
+
+``config.yaml`` holds the settings and, under "resolved", what was decided once and must stay (precision, statistics,
+classes, the data's fingerprint); ``result.json`` is there when the run is finished. A second launch with the same
+``--out`` goes on from the newest checkpoint, or does nothing when there is a result; settings that would change the
+numbers must be the same.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from maekit.config import dump_yaml, load_yaml, resolve
+from maekit.errors import MaekitError
+from maekit.settings import Settings
+from maekit.tasks import Result
+
+log = logging.getLogger("maekit")
+S = TypeVar("S", bound=Settings)
+
+
+class Resolved(BaseModel):
+    """What the first launch decided and every later one keeps."""
+
+    images: int
+    fingerprint: str
+    precision: str
+    micro_batch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder.
+
+    Attributes:
+        resolved: what an earlier launch decided, None for a new run.
+        result: what a finished run found, None while it is not finished.
+    """
+
+    path: Path
+    verb: str
+    resolved: Resolved | None
+    result: dict[str, Any] | None
+
+
+def typed(kind: type[S], config: S | dict[str, Any]) -> S:
+    """Return `config` as settings of `kind`; a dictionary is checked like a file."""
+    if isinstance(config, kind):
+        return config
+    return resolve(kind, flags=config)[0]
+
+
+def open_run(path: Path, verb: str, settings: Settings) -> Run:
+    """Open a run folder, new or old.
+
+    Raises:
+        MaekitError: E-CONFIG-OUT (not a folder, or files that are no run's), E-CONFIG-RUN (another run: another
+            verb, or settings that change the numbers differ), E-ENV-OUT (not writable).
+    """
+    if path.exists() and not path.is_dir():
+        raise MaekitError("E-CONFIG-OUT", f"--out {path}", found="a file", expected="a folder, or nothing yet")
+    file = path / "config.yaml"
+    if file.exists():
+        return _reopen(path, verb, settings, file)
+    if path.exists() and any(path.iterdir()):
+        raise MaekitError(
+            "E-CONFIG-OUT", f"--out {path}", found="files that are no run's", expected="a run folder or an empty one", hint="another --out"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".tmp-write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MaekitError("E-ENV-OUT", f"--out {path}", found=error.strerror or error, expected="a writable folder") from error
+    return Run(path, verb, None, None)
+
+
+def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
+    header = load_yaml(file)
+    if header.get("verb") != verb:
+        raise MaekitError(
+            "E-CONFIG-RUN", f"--out {path}", found=f"a run of {header.get('verb')}", expected=f"a run of {verb}", hint="another --out"
+        )
+    stored, now = resolve(type(settings), file=file)[0].model_dump(), settings.model_dump()
+    changed = [
+        f"{name} {stored[name]} -> {now[name]}"
+        for name, field in type(settings).model_fields.items()
+        if (field.json_schema_extra or {}).get("resume") == "same" and stored[name] != now[name]  # type: ignore[union-attr]
+    ]
+    if changed:
+        raise MaekitError(
+            "E-CONFIG-RUN",
+            f"--out {path} holds a run with other settings",
+            found="; ".join(changed),
+            expected="the same settings, to go on",
+            hint="another --out, or the run's own settings: --config " + str(path / "config.yaml"),
+        )
+    result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
+    log.info("%s: %s", path, "finished already, nothing to do" if result else "an unfinished run is here, going on")
+    return Run(path, verb, Resolved.model_validate(header["resolved"]), result)
+
+
+def describe(run: Run, settings: Settings, resolved: Resolved) -> None:
+    """Write config.yaml: settings and what they resolved to, with format and version."""
+    write_whole(run.path / "config.yaml", dump_yaml(settings, resolved.model_dump(mode="json")))
+
+
+def same_data(run: Run, images: int, fingerprint: str) -> None:
+    """Refuse to go on with other images than the run began with.
+
+    Raises:
+        MaekitError: E-DATA-CHANGED.
+    """
+    before = run.resolved
+    if before is not None and before.fingerprint != fingerprint:
+        raise MaekitError(
+            "E-DATA-CHANGED",
+            f"the images are not those that {run.path} began with",
+            found=f"{images} images",
+            expected=f"the same {before.images} names and sizes",
+            hint="the old images, or another --out",
+        )
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> None:
+    """Write result.json: the run is finished."""
+    write_json(run.path / "result.json", metrics)
+
+
+def write_json(path: Path, metrics: dict[str, Any]) -> None:
+    """Write a result where people and scripts look for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(metrics, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text file so that it is whole or absent."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def stopped(metrics: dict[str, Any]) -> Result:
+    """Say how a stopped run goes on: exit code 75."""
+    text = f"stopped at step {metrics['steps']} with a checkpoint; the same command goes on"
+    return Result(metrics, text, exit_code=75)

@@ -1,0 +1,143 @@
+"""What every training verb decides before its first step: processes, data statistics, batch sizes, plan."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maekit.data.check import check
+from maekit.data.image import read_image
+from maekit.data.loader import auto_workers
+from maekit.data.sources import Source
+from maekit.errors import MaekitError
+from maekit.settings import Loop, Settings
+from maekit.tasks import Result
+from maekit.tasks.run_folder import Resolved, Run, describe, same_data
+from maekit.train.device import World, launch, resolve_precision
+
+log = logging.getLogger("maekit")
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+PATCHES_PER_PASS = 64 * 196
+"""Patches of one pass when micro_batch is auto: 64 images of 224 px, as the paper's 64 per GPU."""
+
+
+def spread(settings: Any, task: Callable[..., Result], *args: Any) -> Result | None:
+    """Start ``nproc`` processes of `task` if asked for and not inside one already; None: go on in this one."""
+    if settings.nproc == 1 or "RANK" in os.environ:
+        return None
+    return launch(settings.nproc, task, settings, *args)
+
+
+def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int]) -> int:
+    """Resolve ``workers: auto``."""
+    return auto_workers(num_images, size) if wanted == "auto" else int(wanted)
+
+
+def prepare(
+    run: Run,
+    settings: Settings,
+    loop: Loop,
+    source: Source,
+    world: World,
+    *,
+    num_patches: int,
+    channels: int,
+    statistics: Statistics | None = None,
+    classes: list[str] | None = None,
+) -> Resolved:
+    """Decide once what must stay, write config.yaml; on a later launch return what stands there.
+
+    Before the first step min(all, 10,000) images are read: unreadable ones are found, mean and deviation measured.
+
+    Args:
+        settings: the verb's, for config.yaml.
+        loop: batch sizes and precision.
+        num_patches: per image, for ``micro_batch: auto``.
+        statistics: mean and std to use in place of measured ones.
+
+    Raises:
+        MaekitError: E-CONFIG-BATCH, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION.
+    """
+    fingerprint = source.fingerprint()
+    same_data(run, len(source), fingerprint)
+    if run.resolved is not None:
+        return run.resolved
+    parts = micro_batch(loop, min(loop.batch_size, len(source)), world.size, num_patches)
+    precision = resolve_precision(loop.precision, world.device)
+    report = check(source, channels=channels)
+    mean, std = statistics or (report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std))
+    resolved = Resolved(
+        images=len(source),
+        fingerprint=fingerprint,
+        precision=precision,
+        micro_batch=parts,
+        mean=mean,
+        std=std,
+        classes=classes,
+    )
+    if len(source) < loop.batch_size:
+        log.warning("%d images are fewer than a batch of %d: every epoch is one short batch", len(source), loop.batch_size)
+    world.barrier()  # all have looked into the folder before one writes
+    if world.is_main:
+        describe(run, settings, resolved)
+    return resolved
+
+
+def micro_batch(settings: Loop, batch: int, processes: int, num_patches: int) -> int:
+    """Return images per process and pass.
+
+    Raises:
+        MaekitError: E-CONFIG-BATCH if the batch is smaller than the number of processes or not divisible.
+    """
+    if batch < processes:
+        raise MaekitError("E-CONFIG-BATCH", "setting batch_size", found=batch, expected=f"at least one image for each of {processes} processes")
+    mine = math.ceil(batch / processes)
+    if settings.micro_batch == "auto":
+        passes = math.ceil(mine / max(1, PATCHES_PER_PASS // num_patches))
+        return math.ceil(mine / passes)
+    if batch == settings.batch_size and batch % (settings.micro_batch * processes):
+        raise MaekitError(
+            "E-CONFIG-BATCH",
+            "settings batch_size and micro_batch",
+            found=f"{batch} over {processes} processes in parts of {settings.micro_batch}",
+            expected="a batch divisible by both",
+            hint="--micro-batch auto",
+        )
+    return settings.micro_batch
+
+
+def channels_of(source: Source, wanted: int | None) -> int:
+    """Return how many channels the images have: what was asked for, what arrays hold, 3 for pictures.
+
+    Raises:
+        MaekitError: E-DATA-BAD if none of the first images can be read.
+    """
+    if wanted is not None:
+        return wanted
+    for index in range(min(len(source), 100)):
+        with contextlib.suppress(MaekitError):
+            data = source.read(index)
+            return len(data if isinstance(data, Tensor) else read_image(data, name=source.ids[index]))
+    raise MaekitError("E-DATA-BAD", f"{source.name}", found="no readable image among the first", hint="maekit data PATH")
+
+
+def default_out(verb: str, data: str | None) -> Path:
+    """Return the run folder when ``--out`` says none: runs/VERB-DATA."""
+    name = Path(str(data or "data").replace("builtin:", "")).stem or "data"
+    return Path("runs") / f"{verb}-{name}"
+
+
+def say_what_runs(verb: str, model: torch.nn.Module, source: Source, steps: int, world: World, resolved: Resolved) -> None:
+    """Log one line before the first step."""
+    millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    log.info(
+        "%s: %.2f M trainable parameters, %d images, %d steps, %s on %d x %s",
+        verb, millions, len(source), steps, resolved.precision, world.size, world.device,
+    )

@@ -1,0 +1,105 @@
+"""What a run tells: metrics.jsonl, TensorBoard events and a line of progress.
+
+A full disk must never stop training: a sink that fails says so once and falls silent (checkpoints do raise).
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger("maekit")
+
+
+class Log:
+    """Writes the records of one run; on a resume those after the checkpoint's step are dropped first."""
+
+    def __init__(self, run: Path, *, start: int, total: int, batch_size: int) -> None:
+        self.path, self.start, self.total, self.batch_size = run / "metrics.jsonl", start, total, batch_size
+        self.began = self.spoke = time.monotonic()
+        self.broken = False
+        self.before = self._drop_after(start)
+        with contextlib.suppress(OSError):
+            self.board: SummaryWriter | None = SummaryWriter(str(run / "events"), purge_step=start or None)
+        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def _drop_after(self, step: int) -> float:
+        """Drop records later than `step`; return the seconds of training already booked."""
+        if not self.path.exists():
+            return 0.0
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        temporary = self.path.with_name(".tmp-metrics")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)
+        return max((record.get("time", 0.0) for record in kept), default=0.0)
+
+    def rate(self, step: int) -> float:
+        """Return images per second since this process began."""
+        return (step - self.start) * self.batch_size / max(1e-9, time.monotonic() - self.began)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Write one record: a line of metrics.jsonl and the same to TensorBoard."""
+        seconds = self.before + time.monotonic() - self.began
+        record = {"step": step, **values, "images_per_second": round(self.rate(step), 1), "time": round(seconds, 2)}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if self.board is not None:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+        except OSError as error:
+            if not self.broken:
+                log.warning("metrics are not written any more: %s; training goes on", error)
+            self.broken = True
+            self.board = None
+        self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        shown = {k: v for k, v in values.items() if k == "loss" or "/" in k}
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=True)
+        elif time.monotonic() - self.spoke > 10 or step >= self.total or any("/" in k for k in values):
+            self.spoke = time.monotonic()
+            left = (self.total - step) * self.batch_size / max(1e-9, self.rate(step))
+            told = ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
+            log.info("step %d/%d, %s, %.0f images/s, %s left", step, self.total, told, self.rate(step), clock(left))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            with contextlib.suppress(OSError):
+                self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; a last line cut off by a kill is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as people read it: 42 s, 3 min 10 s, 5 h 02 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,443 @@
+"""The one loop: pre-training, fine-tuning and the linear probe differ in the step function they hand in.
+
+``fit`` knows a module, a step function (module, batch) -> {"loss": ...}, a loader whose position is a step number,
+an optimizer and a plan. All state that decides the future is in the checkpoint: weights, optimizer, average,
+scaler, step and the losses not yet logged. Drop path, mixup and erasing draw from generators seeded with
+(seed, step, rank) before each step. So a run that was stopped anywhere and goes on ends with the same bits.
+
+The device is not waited for in a step: losses stay on it until a log line is due.
+"""
+
+import contextlib
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from maekit.errors import MaekitError
+from maekit.seeds import seed_all
+from maekit.settings import Loop
+from maekit.train import checkpoint
+from maekit.train.device import World
+from maekit.train.log import Log
+from maekit.train.schedule import Schedule
+
+log = logging.getLogger("maekit")
+
+Batch = dict[str, Tensor]
+Step = Callable[[nn.Module, Batch], dict[str, Tensor]]
+Evaluate = Callable[[nn.Module], Iterator[tuple[str, float]]]
+
+
+class Batches(Protocol):
+    """What the loop needs of a loader (`maekit.data.loader.Loader`)."""
+
+    batch_size: int
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how fast and how often.
+
+    Attributes:
+        schedule: length and learning rate.
+        settings: clipping, average, precision ("auto" already resolved), checkpoints, log lines.
+        seed: with step and rank it seeds what is random on the device.
+        metadata: written into the weights of every checkpoint, so that they load by themselves.
+        eval_every: steps between scores; 0: only at the end.
+    """
+
+    schedule: Schedule
+    settings: Loop
+    seed: int
+    metadata: dict[str, str]
+    eval_every: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands when `fit` returns.
+
+    Attributes:
+        step: optimizer steps done.
+        loss: mean loss since the last log line.
+        scores: the last evaluation's.
+        stopped: by a signal or ``--stop-at`` before the end: a checkpoint is there.
+    """
+
+    step: int
+    loss: float
+    images_per_second: float
+    state_sha256: str
+    scores: dict[str, float]
+    stopped: bool
+
+
+class Call(nn.Module):
+    """The step function as a module, so that DDP and torch.compile wrap one forward, whatever the task."""
+
+    def __init__(self, model: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Run the step function."""
+        return self.step(self.model, batch)
+
+
+class Average:
+    """Exponential moving average of trainable weights, with warm-up min(decay, (1 + t) / (10 + t)) (as in timm)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights after update number `step` (from 1) in."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in self.live.values()], weight)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the model for the time of the block."""
+        kept = {name: p.detach().clone() for name, p in self.live.items()}
+        self._copy(self.tensors)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.live.items():
+            parameter.copy_(tensors[name])
+
+
+class Signals:
+    """While open, SIGINT, SIGTERM and SIGUSR1 only set a flag: the step is finished and saved first."""
+
+    KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
+            self.previous = {kind: signal.signal(kind, self._note) for kind in self.KINDS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self.previous.items():
+            signal.signal(kind, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            log.info("%s: finishing the step, then saving", signal.Signals(number).name)
+        self.received = signal.Signals(number).name
+
+
+@dataclass
+class State:
+    """All that moves during a run, and its way into a checkpoint and back."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: Average | None
+    step: int = 0
+    window: tuple[float, ...] = ()
+    """Losses of the steps since the last log line."""
+    loss: float | None = None
+    """Mean loss of the last log line."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return weights, optimizer state and average by part and name."""
+        parts = {"model": dict(self.model.state_dict()), "optimizer": self._optimizer_tensors()}
+        return parts | ({"ema": self.average.tensors} if self.average else {})
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what else decides the future, as plain JSON."""
+        scaler = self.scaler.state_dict()
+        return {"step": self.step, "window": list(self.window), "loss": self.loss, "scaler": scaler}
+
+    def mean_loss(self) -> float:
+        """Return the mean loss since the last log line, or that line's own."""
+        return math.fsum(self.window) / len(self.window) if self.window else (self.loss or math.nan)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Take a checkpoint's state over.
+
+        Raises:
+            MaekitError: E-CKPT-MODEL if it belongs to another model or optimizer.
+        """
+        theirs = saved.tensors
+        _same_shapes(self.tensors()["model"], theirs["model"], saved.path)
+        self.model.load_state_dict(theirs["model"])
+        self._restore_optimizer(theirs.get("optimizer", {}), saved.path)
+        if self.average:
+            _same_shapes(self.average.tensors, theirs.get("ema", {}), saved.path)
+            for name, value in theirs["ema"].items():
+                self.average.tensors[name].copy_(value)
+        self.step, self.window = saved.step, tuple(saved.state["window"])
+        self.loss = saved.state["loss"]
+        if saved.state["scaler"]:
+            self.scaler.load_state_dict(saved.state["scaler"])
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Hand each parameter's tensors to the optimizer's own loading, which knows where each belongs."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, kind = key.rpartition("/")
+            by_name.setdefault(name, {})[kind] = value
+        names = {parameter: name for name, parameter in self._named()}
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if unknown := by_name.keys() - set(names.values()):
+            raise MaekitError("E-CKPT-MODEL", f"optimizer state in {path}", found=sorted(unknown)[0], expected="this run's parameters")
+        whole = self.optimizer.state_dict()
+        whole["state"] = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
+        self.optimizer.load_state_dict(whole)
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self._named()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+
+def fit(
+    model: nn.Module,
+    step_function: Step,
+    loader: Batches,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    *,
+    run: Path,
+    world: World,
+    evaluate: Evaluate | None = None,
+) -> Outcome:
+    """Train `model` in place from where the run folder stands to the end of the schedule, or to a stop.
+
+    Args:
+        model: on the world's device, in train mode as the task wants it (frozen parts in eval mode stay so).
+        step_function: (module, batch) -> {"loss": scalar, ...}.
+        loader: gives the micro-batches of any step.
+        optimizer: its groups carry "lr_scale".
+        plan: schedule and habits.
+        run: folder for checkpoints/, metrics.jsonl and events/.
+        world: this process among all.
+        evaluate: yields (name, score) of a model in eval mode; its scores are logged as ("val/top1", 0.812).
+
+    Raises:
+        MaekitError: E-NUM-LOSS (loss not finite), E-CKPT-... (the run's checkpoint cannot be taken over),
+            E-STOP-DISK / E-ENV-DISK (saving failed), E-ENV-COMPILER, E-ENV-MEMORY.
+    """
+    settings, schedule = plan.settings, plan.schedule
+    scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
+    state = State(model, optimizer, scaler, Average(model, settings.ema) if settings.ema else None)
+    folder = run / "checkpoints"
+    saved = checkpoint.newest(folder)
+    if saved is not None:
+        state.restore(saved)
+        log.info("going on from %s", saved.path)
+    call = _wrap(model, step_function, settings, world)
+    stop = min(schedule.total, settings.stop_at or schedule.total)
+    save_every = settings.save_every or schedule.steps_per_epoch
+    first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
+    pending: list[Tensor] = []
+
+    def flush() -> None:
+        """Fetch the losses still on the device: the only place where the loop waits for it."""
+        if pending:
+            state.window += tuple(torch.stack(pending).tolist())
+            pending.clear()
+        bad = next((i for i, loss in enumerate(state.window) if not math.isfinite(loss)), None)
+        if bad is not None:
+            at = state.step - len(state.window) + bad + 1
+            raise MaekitError(
+                "E-NUM-LOSS",
+                f"loss of step {at}",
+                found=state.window[bad],
+                expected="a finite number",
+                hint="a lower --base-lr or --clip-grad 1; the last checkpoint is untouched",
+            )
+
+    def save() -> None:
+        nonlocal saved_at
+        flush()
+        if world.is_main and saved_at != state.step:
+            checkpoint.save(folder, state.step, state.tensors(), state.numbers(), metadata=plan.metadata, keep=settings.keep)
+        saved_at = state.step
+
+    with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals:
+        stopped = state.step >= stop and stop < schedule.total
+        for micro_batches in loader.steps(state.step, stop):
+            try:
+                _train_step(call, micro_batches, state, plan, loader.batch_size, world, pending)
+            except RuntimeError as error:
+                raise _out_of_memory(error, micro_batches, saved_at) or error from None
+            if state.step % settings.log_every == 0 or state.step == schedule.total:
+                flush()
+                loss = state.loss = math.fsum(state.window) / len(state.window)
+                state.window = ()
+                if records:
+                    records.record(
+                        state.step,
+                        {
+                            "epoch": round(state.step / schedule.steps_per_epoch, 4),
+                            "loss": loss,
+                            "lr": schedule.lr(state.step - 1),
+                        },
+                    )
+            last = state.step == schedule.total
+            if evaluate and (last or (plan.eval_every and state.step % plan.eval_every == 0)):
+                scores = _scores(evaluate, model, state.average)
+                if records:
+                    records.record(state.step, scores)
+            halt = world.any(signals.received is not None)
+            if last or halt or state.step == stop or state.step % save_every == 0:
+                save()
+            if (halt or state.step == stop) and not last:
+                stopped = True
+                break
+        save()
+        if evaluate and not scores and state.step == schedule.total:  # killed after the last save
+            scores = _scores(evaluate, model, state.average)
+        world.barrier()
+    rate = (state.step - first) * loader.batch_size / max(1e-9, time.monotonic() - began)
+    digest = checkpoint.state_sha256(state.tensors(), state.numbers())
+    return Outcome(state.step, state.mean_loss(), rate, digest, scores, stopped)
+
+
+def _train_step(
+    call: nn.Module,
+    micro_batches: list[Batch],
+    state: State,
+    plan: Plan,
+    global_batch: int,
+    world: World,
+    pending: list[Tensor],
+) -> None:
+    """One optimizer update from all micro-batches of a step."""
+    settings, optimizer = plan.settings, state.optimizer
+    lr = plan.schedule.lr(state.step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    # after the batch is there: a loader without workers draws from these generators too
+    seed_all(plan.seed, state.step, world.rank)
+    total = torch.zeros((), device=world.device)
+    for number, batch in enumerate(micro_batches):
+        # every image weighs the same, also in an uneven last micro-batch; DDP averages over processes
+        weight = len(batch["ids"]) * world.size / global_batch
+        with autocast(settings.precision, world.device), _no_sync(call, number + 1 < len(micro_batches)):
+            loss = call(batch)["loss"] * weight
+            state.scaler.scale(loss).backward()
+        total += loss.detach().float()
+    if settings.clip_grad:
+        state.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip_grad)
+    state.scaler.step(optimizer)
+    state.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.average:
+        state.average.update(state.step)
+    if world.size > 1:
+        torch.distributed.all_reduce(total)
+        total /= world.size
+    pending.append(total)
+
+
+def _wrap(model: nn.Module, step: Step, settings: Loop, world: World) -> nn.Module:
+    call: nn.Module = Call(model, step)
+    if settings.compile:
+        call = _compiled(call, world)
+    if world.size > 1:
+        call = DistributedDataParallel(call, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return call
+
+
+def _compiled(call: nn.Module, world: World) -> nn.Module:
+    if world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise MaekitError("E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt install g++, or --no-compile")
+    call.compile(dynamic=False)
+    return call
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, kinds[precision]) if precision in kinds else contextlib.nullcontext()
+
+
+def _no_sync(call: nn.Module, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:
+    """Keep DDP from exchanging gradients before the last micro-batch of a step."""
+    return call.no_sync() if more_to_come and isinstance(call, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def _scores(evaluate: Evaluate, model: nn.Module, average: Average | None) -> dict[str, float]:
+    """Score the model, and its average under names with "ema_" before; modes are put back as they were."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad():
+        scores = dict(evaluate(model))
+        if average:
+            with average.applied():
+                scores |= {f"ema_{name}": score for name, score in evaluate(model)}
+    for module, training in modes.items():
+        module.training = training
+    return scores
+
+
+def _main_log(
+    run: Path, step: int, schedule: Schedule, batch_size: int, world: World
+) -> contextlib.AbstractContextManager[Log | None]:
+    if not world.is_main:
+        return contextlib.nullcontext()
+    return Log(run, start=step, total=schedule.total, batch_size=batch_size)
+
+
+def _same_shapes(mine: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) -> None:
+    wrong = sorted(mine.keys() ^ theirs.keys()) or [k for k in mine if mine[k].shape != theirs[k].shape]
+    if wrong:
+        raise MaekitError(
+            "E-CKPT-MODEL",
+            f"checkpoint {path}",
+            found=f"{len(wrong)} tensors missing, unknown or of another shape, the first {wrong[0]}",
+            expected="this run's model",
+            hint="another --out",
+        )
+
+
+def _out_of_memory(error: RuntimeError, micro_batches: list[Batch], saved_at: int) -> MaekitError | None:
+    """Say what a failed allocation means; None for any other error."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    size = max(len(batch["ids"]) for batch in micro_batches)
+    return MaekitError(
+        "E-STOP-MEMORY" if saved_at >= 0 else "E-ENV-MEMORY",
+        "out of memory in a training step",
+        found=f"{size} images per pass",
+        hint=f"--micro-batch {max(1, size // 2)}: the global batch and the samples stay the same"
+        + (f"; the same command goes on from step {saved_at}" if saved_at >= 0 else ""),
+    )

@@ -1,0 +1,62 @@
+"""Which parameters decay, at which rate, under which optimizer.
+
+Groups are plain dictionaries as torch takes them, with "lr_scale" beside: the loop sets
+``lr = schedule(step) * lr_scale`` before every step.
+"""
+
+from typing import Any
+
+import torch
+from timm.optim import Lars, param_groups_layer_decay
+from torch import nn
+
+Groups = list[dict[str, Any]]
+
+
+def pretrain_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """Group for pre-training: all but 1-D parameters and ``.bias`` decay.
+
+    So the class token and the mask token do decay, as in the official code, whose rule is timm 0.3.2's
+    ``add_weight_decay`` (method: D17); frozen position tables are in no group.
+    """
+    decay, exempt = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (exempt if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": exempt, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+
+
+def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> Groups:
+    """Group for fine-tuning: the rate falls by `layer_decay` per block downwards (BEiT, paper table 9).
+
+    Patch embedding, class token and positions scale by ``layer_decay ** (depth + 1)``, block i by
+    ``layer_decay ** (depth - i)``, final norm and head by 1; positions, tokens and 1-D parameters do not decay.
+    """
+    return param_groups_layer_decay(
+        model,
+        weight_decay=weight_decay,
+        no_weight_decay_list=("pos_embed", "cls_token", "reg_token"),
+        layer_decay=layer_decay,
+    )
+
+
+def adamw(groups: Groups, *, betas: tuple[float, float], lr: float) -> torch.optim.Optimizer:
+    """Build AdamW with torch's fused kernel (CPU and CUDA), eps 1e-8."""
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def lars(head: nn.Module, *, lr: float) -> torch.optim.Optimizer:
+    """Build LARS for the linear probe: momentum .9, trust .001, no weight decay (official linear probing).
+
+    Only the weight matrix is adapted; `always_adapt` since timm otherwise skips the trust ratio without decay.
+    """
+    weights = [p for p in head.parameters() if p.requires_grad and p.ndim > 1]
+    biases = [p for p in head.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [
+        {"params": weights, "always_adapt": True, "lr_scale": 1.0},
+        {"params": biases, "always_adapt": False, "lr_scale": 1.0},
+    ]
+    return Lars(groups, lr=lr, momentum=0.9, weight_decay=0.0, trust_coeff=0.001)

@@ -1,0 +1,206 @@
+"""A checkpoint verifies or is not there."""
+
+import errno
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maekit.errors import MaekitError
+from maekit.train import checkpoint
+from maekit.train.checkpoint import load, newest, save, state_sha256
+
+META = {"maekit": "{}"}
+
+
+def tensors(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((3, 2), value), "b": torch.zeros(2)}, "optimizer": {"w/exp_avg": torch.full((3, 2), value)}}
+
+
+def write(folder: Path, step: int, keep: int = 9) -> Path:
+    return save(folder, step, tensors(step), {"window": [0.5]}, metadata=META, keep=keep)
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = write(tmp_path, 7)
+    found = load(path)
+    assert found.step == 7
+    assert found.state["window"] == [0.5]
+    for part, named in tensors(7).items():
+        for name, value in named.items():
+            assert torch.equal(found.tensors[part][name], value)
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        path = write(tmp_path, 1)
+    finally:
+        os.umask(old)
+    assert {oct(f.stat().st_mode & 0o777) for f in path.iterdir()} == {"0o644"}
+
+
+def test_newest_is_the_highest_step_not_the_latest_file(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        write(tmp_path, step)
+    os.utime(tmp_path / "step-9" / "manifest.json")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 100
+
+
+def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-4"]
+
+
+def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    good = write(tmp_path, 2)
+    draw = random.Random(0)
+    for _ in range(40):
+        copy = tmp_path / "step-3"
+        shutil.copytree(good, copy)
+        file = draw.choice(sorted(copy.iterdir()))
+        data = bytearray(file.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        with_flip = newest(tmp_path)
+        assert with_flip is not None
+        # a bit of the manifest's own layout (a space, say) may be harmless: then the content is still the same
+        assert with_flip.step == 2 or torch.equal(with_flip.tensors["model"]["w"], tensors(2)["model"]["w"])
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["truncate", "delete", "empty", "swap"])
+def test_harmed_files_are_refused_with_one_clear_error(tmp_path: Path, name: str, harm: str) -> None:
+    other, path = write(tmp_path, 1), write(tmp_path, 2)
+    file = path / name
+    if harm == "truncate":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif harm == "delete":
+        file.unlink()
+    elif harm == "empty":
+        file.write_bytes(b"")
+    else:
+        shutil.copy(other / name, file)
+    with pytest.raises(MaekitError, match="E-CKPT"):
+        load(path)
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+@pytest.mark.parametrize("names", [["../../etc/passwd"], ["/etc/passwd"], []])
+def test_a_manifest_cannot_point_outside(tmp_path: Path, names: list[str]) -> None:
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {n: {"bytes": 1, "sha256": "0"} for n in names}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MaekitError, match="E-CKPT-DAMAGED"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"format": 1, "files": 3, "step": 1}', "not json", '{"format": 1}'])
+def test_rubbish_manifests_are_damage_not_tracebacks(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(MaekitError, match="E-CKPT-DAMAGED"):
+        load(path)
+
+
+def test_a_newer_format_is_refused_and_not_stepped_over(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(MaekitError, match="E-CKPT-FORMAT"):
+        newest(tmp_path)
+
+
+def test_leftovers_of_a_kill_are_deleted_at_the_next_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 1)
+    (tmp_path / ".tmp-123").mkdir()
+    (tmp_path / ".tmp-123" / "model.safetensors").write_bytes(b"half")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert not (tmp_path / ".tmp-123").exists()
+    assert "interrupted save" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "open"])
+def test_a_failing_disk_leaves_the_old_checkpoint_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    write(tmp_path, 1)
+
+    really_open = Path.open
+
+    def fail(*args: Any, **named: Any) -> Any:
+        if call == "open" and "x" not in (named.get("mode") or args[1]):  # reading still works
+            return really_open(*args, **named)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((checkpoint.os, "fsync") if call == "fsync" else (Path, "open")), fail)
+        with pytest.raises(MaekitError, match="E-STOP-DISK") as caught:
+            write(tmp_path, 2)
+    assert caught.value.exit_code == 75
+    assert os.strerror(number) in str(caught.value)
+    assert "step-1" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_failing_disk_before_any_checkpoint_is_not_called_resumable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(MaekitError, match="E-ENV-DISK") as caught:
+        write(tmp_path / "file", 1)
+    assert caught.value.exit_code == 5
+
+
+def test_files_are_synced_before_the_rename_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        order.append("sync " + os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2].replace("-", ".")[:5])
+        fsync(descriptor)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        order.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    write(tmp_path / "c", 1)
+    assert order.count("rename") == 1
+    at = order.index("rename")
+    assert len(order[:at]) == 5  # model, optimizer, state, manifest, the temporary folder
+    assert order[at + 1 :] == ["sync c"]
+
+
+def test_digest_sees_every_bit_dtype_shape_and_name_but_no_order() -> None:
+    base = state_sha256(tensors(), {"step": 1})
+    assert base == state_sha256({k: tensors()[k] for k in ("optimizer", "model")}, {"step": 1})
+    other = tensors()
+    other["model"]["w"][0, 0] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    reshaped = tensors()
+    reshaped["model"]["w"] = reshaped["model"]["w"].reshape(2, 3)
+    renamed = tensors()
+    renamed["model"]["v"] = renamed["model"].pop("w")
+    retyped = tensors()
+    retyped["model"]["w"] = retyped["model"]["w"].half()
+    digests = {state_sha256(t, {"step": 1}) for t in (other, reshaped, renamed, retyped)} | {
+        state_sha256(tensors(), {"step": 2})
+    }
+    assert len(digests | {base}) == 6

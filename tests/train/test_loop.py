@@ -1,0 +1,216 @@
+"""The loop on a small module of its own: exact resume, accumulation, signals, bad numbers."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maekit.errors import MaekitError
+from maekit.settings import Loop
+from maekit.train.checkpoint import newest
+from maekit.train.device import World
+from maekit.train.loop import Outcome, Plan, fit
+from maekit.train.optim import adamw, pretrain_groups
+from maekit.train.schedule import schedule
+
+STEPS = 12
+HERE = World(0, 1, torch.device("cpu"))
+
+
+class Points:
+    """Batches that are a function of the step, as the real loader's are."""
+
+    batch_size = 8
+
+    def __init__(self, micro: int = 8, poison: int = -1) -> None:
+        self.micro, self.poison = micro, poison
+
+    def steps(self, start: int, stop: int) -> Iterator[list[dict[str, Tensor]]]:
+        for step in range(start, stop):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(self.batch_size, 5, generator=generator)
+            if step == self.poison:
+                x[3, 1] = torch.nan
+            ids = torch.arange(self.batch_size)
+            yield [
+                {"x": a, "ids": b} for a, b in zip(x.split(self.micro), ids.split(self.micro), strict=True)
+            ]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+
+def step(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"loss": F.mse_loss(module(batch["x"])[:, 0], batch["x"].sum(1))}
+
+
+def train(run: Path, points: Points | None = None, *, model: nn.Module | None = None, **changes: Any) -> Outcome:
+    settings = Loop(**{"steps": STEPS, "lr": 1e-2, "warmup_steps": 2, "precision": "fp32", "log_every": 5, "ema": 0.9, **changes})
+    module = model or network()
+    plan = Plan(schedule(settings, 4, 8), settings, seed=3, metadata={})
+    optimizer = adamw(pretrain_groups(module, 0.05), betas=(0.9, 0.95), lr=1e-2)
+    return fit(module.train(), step, points or Points(), optimizer, plan, run=run, world=HERE)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "images_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Train once without a stop: state digest and logged records to compare with."""
+    run = tmp_path_factory.mktemp("whole")
+    return train(run), records(run)
+
+
+@pytest.mark.parametrize("at", range(1, STEPS))
+def test_stop_at_any_step_and_go_on_gives_the_same_bits_and_losses(tmp_path: Path, at: int, whole: Any) -> None:
+    first = train(tmp_path, stop_at=at)
+    assert (first.step, first.stopped) == (at, True)
+    second = train(tmp_path)
+    assert not second.stopped
+    assert second.state_sha256 == whole[0].state_sha256
+    assert second.loss == whole[0].loss
+    assert records(tmp_path) == whole[1]
+
+
+def test_a_stop_at_every_single_step_gives_the_same_bits(tmp_path: Path, whole: Any) -> None:
+    for at in range(1, STEPS):
+        train(tmp_path, stop_at=at)
+    assert train(tmp_path).state_sha256 == whole[0].state_sha256
+    assert records(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_the_save_interval_changes_no_bit(tmp_path: Path, every: int, whole: Any) -> None:
+    assert train(tmp_path, save_every=every).state_sha256 == whole[0].state_sha256
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_not_bits(tmp_path: Path, whole: Any) -> None:
+    train(tmp_path, stop_at=9, save_every=3, keep=5)
+    file = tmp_path / "checkpoints" / "step-9" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert train(tmp_path, save_every=3).state_sha256 == whole[0].state_sha256
+    assert records(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("micro", [4, 3, 1])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path, micro: int) -> None:
+    plain = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 1))
+    state = {k: v.clone() for k, v in plain.state_dict().items()}
+    train(tmp_path / "whole", model=plain, ema=None)
+    parts = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 1))
+    parts.load_state_dict(state)
+    train(tmp_path / "parts", Points(micro), model=parts, ema=None)
+    for a, b in zip(plain.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)  # AdamW divides by sqrt(v): dust of 1e-7 grows
+
+
+def test_ten_steps_follow_a_loop_written_by_hand(tmp_path: Path) -> None:
+    """Oracle: the same training in plain torch."""
+    plain, ours = (nn.Linear(5, 1) for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    train(tmp_path, model=ours, ema=None, clip_grad=0.5)
+    optimizer = torch.optim.AdamW(
+        [{"params": [plain.weight], "weight_decay": 0.05}, {"params": [plain.bias], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    timing = schedule(Loop(steps=STEPS, lr=1e-2, warmup_steps=2), 4, 8)
+    for number, (batch,) in enumerate(Points().steps(0, STEPS)):
+        for group in optimizer.param_groups:
+            group["lr"] = timing.lr(number)
+        step(plain, batch)["loss"].backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_average_follows_its_formula(tmp_path: Path) -> None:
+    model = nn.Linear(5, 1)
+    expected = model.weight.detach().clone()
+    for at in range(1, 5):
+        train(tmp_path, model=model, ema=0.5, stop_at=at)
+        decay = min(0.5, (1 + at) / (10 + at))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    saved = newest(tmp_path / "checkpoints")
+    assert saved is not None
+    torch.testing.assert_close(saved.tensors["ema"]["weight"], expected)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path: Path, kind: signal.Signals, whole: Any) -> None:
+    class Interrupted(Points):
+        def steps(self, start: int, stop: int) -> Iterator[list[dict[str, Tensor]]]:
+            for number, batches in enumerate(super().steps(start, stop), start):
+                if number == 6:
+                    os.kill(os.getpid(), kind)
+                yield batches
+
+    before = signal.getsignal(kind)
+    first = train(tmp_path, Interrupted())
+    assert (first.step, first.stopped) == (7, True)
+    assert signal.getsignal(kind) is before
+    assert train(tmp_path).state_sha256 == whole[0].state_sha256
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(MaekitError, match="E-NUM-LOSS.*step 8") as caught:
+        train(tmp_path, Points(poison=7), save_every=3)
+    assert caught.value.exit_code == 4
+    saved = newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert saved.step == 6
+    assert all(v.isfinite().all() for v in saved.tensors["model"].values())
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, stop_at=2)
+    with pytest.raises(MaekitError, match="E-CKPT-MODEL"):
+        train(tmp_path, model=nn.Linear(5, 1))
+
+
+def test_scores_are_taken_in_eval_mode_of_model_and_average_and_modes_come_back(tmp_path: Path) -> None:
+    model = network()
+    frozen = model[2].eval()
+    seen: list[bool] = []
+
+    def evaluate(module: nn.Module) -> Iterator[tuple[str, float]]:
+        seen.append(any(m.training for m in module.modules()))
+        yield "val/top1", float(module(torch.ones(1, 5)))
+
+    settings = Loop(steps=4, lr=1e-2, precision="fp32", ema=0.9)
+    plan = Plan(schedule(settings, 4, 8), settings, seed=3, metadata={}, eval_every=2)
+    optimizer = adamw(pretrain_groups(model, 0.05), betas=(0.9, 0.95), lr=1e-2)
+    model.train()
+    frozen.eval()
+    outcome = fit(model, step, Points(), optimizer, plan, run=tmp_path, world=HERE, evaluate=evaluate)
+    assert seen == [False] * 4
+    assert set(outcome.scores) == {"val/top1", "ema_val/top1"}
+    assert outcome.scores["val/top1"] != outcome.scores["ema_val/top1"]
+    assert model.training
+    assert not frozen.training
+
+
+def test_metrics_that_cannot_be_written_do_not_stop_training(tmp_path: Path, whole: Any) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "gone" / "metrics.jsonl")  # every write to it fails
+    assert train(tmp_path).state_sha256 == whole[0].state_sha256
+
+
+def test_compile_on_a_machine_without_compiler_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MaekitError, match="E-ENV-COMPILER"):
+        train(tmp_path, compile=True)
