@@ -280,7 +280,8 @@ def _to_pixels(array: np.ndarray) -> np.ndarray:
     """Return a writable copy in this machine's byte order: uint8, or float32 (uint16 becomes 0..1)."""
     if array.dtype == np.uint8:
         return np.array(array, order="C")
-    pixels = array.astype(np.float32, order="C")
+    with np.errstate(over="ignore"):  # a float64 that float32 cannot hold becomes infinite and is refused below
+        pixels = array.astype(np.float32, order="C")
     if array.dtype.kind == "u":
         return pixels / np.float32(65535)
     if not np.isfinite(pixels).all():

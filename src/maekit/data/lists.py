@@ -7,6 +7,7 @@ line skipped in silence is a class lost in silence.
 """
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -63,7 +64,7 @@ def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> M
 
 def _txt(text: str, path: Path) -> Iterator[Line]:
     """Yield the lines of a .txt."""
-    for at, line in enumerate(text.splitlines(), 1):
+    for at, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.strip():
             continue
         match = _TXT_LINE.fullmatch(line.strip())
@@ -74,7 +75,9 @@ def _txt(text: str, path: Path) -> Iterator[Line]:
 
 def _csv(text: str, path: Path, image_column: str | None, label_column: str | None) -> Iterator[Line]:
     """Yield the lines of a .csv or .tsv, with or without a header."""
-    reader = csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+    )
     where, what = 0, 1
     try:
         for cells in reader:

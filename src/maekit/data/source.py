@@ -130,7 +130,10 @@ class DatasetSource(Source):
 
     def read(self, i: int) -> Tensor:
         """Return image `i` as (C, H, W)."""
-        item = self.dataset[self.keys[i]]
+        try:
+            item = self.dataset[self.keys[i]]
+        except OSError as error:  # a broken file below the dataset, Pillow's UnidentifiedImageError too
+            raise MaekitError("E-DATA-IMAGE", f"cannot read {self.name} item {self.ids[i]}", found=error) from error
         image = item[0] if isinstance(item, tuple | list) else item
         if isinstance(image, Image.Image):
             return from_pillow(image, self.channels)

@@ -29,6 +29,7 @@ Split = Literal["train", "val", "train-or-all", "val-or-all"]
 """``...-or-all``: all images where the disk has no such parts, in place of a part held out by a hash."""
 
 BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN_NAMES = ("fashion",)
 VAL_NAMES = ("val", "valid", "validation", "test")
 """Names of the held-out part on disk; the first one present is taken."""
 NO_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:|\||-$")
@@ -112,10 +113,10 @@ def _place(path: str | Path) -> Path:
     """Return the existing path that the user means."""
     text = str(path)
     if text.startswith("builtin:"):
-        place = BUILTIN / text.removeprefix("builtin:")
-        if place.parent != BUILTIN or not place.is_dir():
+        name = text.removeprefix("builtin:")
+        if name not in BUILTIN_NAMES:
             raise MaekitError("E-DATA-PATH", "no such built-in data set", found=text, expected="builtin:fashion")
-        return place
+        return BUILTIN / name
     expected = "a folder, a list file (.txt, .csv, .tsv), a .parquet file or folder, or builtin:fashion"
     if NO_PATH.match(text):
         hint = "download the data first; nothing is fetched or executed here"

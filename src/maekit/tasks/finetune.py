@@ -23,7 +23,6 @@ from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
 from maekit.tasks.run_folder import Resolved, Run, finish, open_run, stopped, typed
 from maekit.tasks.training import (
-    PATCHES_PER_PASS,
     Statistics,
     channels_of,
     default_out,
@@ -149,21 +148,31 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
             num_heads=settings.num_heads,
         )
         return model, None
-    _refuse_architecture(settings)
     model = load_model(settings.run)
-    if settings.img_size not in (None, model.img_size):
-        raise MaekitError(
-            "E-CONFIG-SIZE", "setting img_size", found=settings.img_size, expected=f"{model.img_size}, that of {settings.run}", hint="no --img-size"
-        )
+    _same_architecture(settings, model)
     return model, (model.mean, model.std)
 
 
-def _refuse_architecture(settings: Finetune) -> None:
-    """Refuse settings of the architecture beside a RUN, which brings its own: nothing is accepted and ignored."""
-    for name in ("model", "patch_size", "embed_dim", "depth", "num_heads", "channels"):
-        if getattr(settings, name) != Finetune.model_fields[name].default:
+def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
+    """Refuse settings of another architecture beside a RUN, which brings its own: nothing is accepted and ignored.
+
+    Settings left at their default ask for nothing; those of a recipe for this very model agree with it.
+    """
+    encoder = model.encoder
+    has = {
+        "model": model.spec["name"],
+        "img_size": model.img_size,
+        "channels": encoder.in_chans,
+        "patch_size": model.patch,
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": encoder.blocks[0].attn.num_heads,
+    }
+    for name, value in has.items():
+        asked = getattr(settings, name)
+        if asked not in (Finetune.model_fields[name].default, value):
             raise MaekitError(
-                "E-CONFIG-BOTH", f"setting {name}", found=getattr(settings, name), expected=f"that of {settings.run}", hint=f"no --{name.replace('_', '-')}"
+                "E-CONFIG-RUN", f"setting {name}", found=asked, expected=f"{value}, as in {settings.run}", hint=f"no --{name.replace('_', '-')}"
             )
 
 
@@ -209,7 +218,7 @@ def scorer(
         val,
         EvalView(size, crop_pct or default_crop_pct(size)),
         batch_size=len(val),
-        micro_batch=max(1, PATCHES_PER_PASS // 196),
+        micro_batch=64,
         mean=mean,
         std=std,
         workers=number_of_workers(workers, len(val), size),

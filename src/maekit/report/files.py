@@ -1,0 +1,26 @@
+"""Files of a report: whole or absent."""
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+from maekit.errors import MaekitError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write beside, then rename, so that a reader never sees half a file.
+
+    Raises:
+        MaekitError: E-ENV-OUT if the place cannot be written.
+    """
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MaekitError("E-ENV-OUT", f"cannot write {path}", found=error.strerror or error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
