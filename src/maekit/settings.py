@@ -111,7 +111,11 @@ class Autoencoder(Architecture):
 class Loop(Settings):
     """Training"""
 
-    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("epochs", "steps"), ("base_lr", "lr"), ("warmup_epochs", "warmup_steps"))
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("epochs", "steps"),
+        ("base_lr", "lr"),
+        ("warmup_epochs", "warmup_steps"),
+    )
 
     epochs: float | None = setting(None, "length of the schedule in passes over the data", gt=0)
     steps: int | None = setting(None, "length of the schedule in optimizer steps", gt=0)
@@ -131,7 +135,9 @@ class Loop(Settings):
     save_every: int | None = setting(None, "steps between checkpoints; default: once per epoch", ge=1, resume="free")
     keep: int = setting(2, "newest checkpoints that stay on disk", ge=1, resume="free")
     log_every: int = setting(10, "steps between lines of metrics.jsonl", ge=1)
-    stop_at: int | None = setting(None, "stop after this step of the unchanged schedule, save, exit 75", ge=1, resume="free")
+    stop_at: int | None = setting(
+        None, "stop after this step of the unchanged schedule, save, exit 75", ge=1, resume="free"
+    )
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
 
 
@@ -164,7 +170,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights to start from", resume="free")
-    img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")
+    img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")  # pyright: ignore[reportIncompatibleVariableOverride]
     from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens under a new norm (OFF), or the class token")
@@ -183,7 +189,9 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     random_erasing: float = setting(0.25, "probability of random erasing (OFF; the paper lists none)", ge=0, le=1)
     crop_scale: tuple[float, float] = setting((0.08, 1.0), "area range of the random crop (OFF)")
     flip: bool = setting(True, "mirror half of the images")
-    crop_pct: float | None = setting(None, "part of the resized image that is scored; default: .875 from 112 to 224 px, otherwise 1", gt=0, le=1)
+    crop_pct: float | None = setting(
+        None, "part of the resized image that is scored; default: .875 from 112 to 224 px, otherwise 1", gt=0, le=1
+    )
     eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1, resume="free")
 
 
@@ -193,9 +201,12 @@ class Probe(Images, Labels, Machine):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights")
-    out: Path | None = setting(None, "folder for result.json; the lars protocol keeps its checkpoints there", resume="free")
+    out: Path | None = setting(
+        None, "folder for result.json; the lars protocol keeps its checkpoints there", resume="free"
+    )
     protocol: Literal["logistic", "lars"] = setting(
-        "logistic", "logistic: regression solved on features computed once; lars: batch norm + linear layer trained (T10)"
+        "logistic",
+        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained (T10)",
     )
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens, or the class token")
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
@@ -212,7 +223,9 @@ class Knn(Images, Labels, Machine):
     run: Path | None = setting(None, "run folder or weights")
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens, or the class token")
     k: int = setting(20, "neighbours that vote", ge=1)
-    temperature: float = setting(0.07, "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294)", gt=0)
+    temperature: float = setting(
+        0.07, "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294)", gt=0
+    )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
     raw_pixels: bool = setting(False, "no encoder: neighbours by the pixels themselves, for comparison")
 
@@ -252,6 +265,6 @@ class Quickstart(Images, Size, Machine):
     """From images to a report: pre-train, look, measure, fine-tune with few labels."""
 
     data: str | None = setting("builtin:fashion", "your own images; default: the built-in ones")
-    img_size: ImageSize | None = setting(None, "default: chosen from the images")
+    img_size: ImageSize | None = setting(None, "default: chosen from the images")  # pyright: ignore[reportIncompatibleVariableOverride]
     minutes: float = setting(5.0, "time to spend", gt=0)
     out: Path | None = setting(None, "folder for runs and report; default: runs/quickstart")

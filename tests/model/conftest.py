@@ -8,7 +8,14 @@ import torch
 
 from maekit.model.mae import MaskedAutoencoder, create_model
 
-TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 4}
+TINY: dict[str, Any] = {
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "decoder_dim": 16,
+    "decoder_depth": 2,
+    "decoder_heads": 4,
+}
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8},

@@ -19,7 +19,10 @@ META = {"maekit": "{}"}
 
 
 def tensors(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"w": torch.full((3, 2), value), "b": torch.zeros(2)}, "optimizer": {"w/exp_avg": torch.full((3, 2), value)}}
+    return {
+        "model": {"w": torch.full((3, 2), value), "b": torch.zeros(2)},
+        "optimizer": {"w/exp_avg": torch.full((3, 2), value)},
+    }
 
 
 def write(folder: Path, step: int, keep: int = 9) -> Path:
@@ -108,7 +111,9 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, names: list[str]) -> No
         load(path)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"format": 1, "files": 3, "step": 1}', "not json", '{"format": 1}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "null", '{"format": 1, "files": 3, "step": 1}', "not json", '{"format": 1}']
+)
 def test_rubbish_manifests_are_damage_not_tracebacks(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, 1)
     (path / "manifest.json").write_text(text)

@@ -39,9 +39,7 @@ class Points:
             if step == self.poison:
                 x[3, 1] = torch.nan
             ids = torch.arange(self.batch_size)
-            yield [
-                {"x": a, "ids": b} for a, b in zip(x.split(self.micro), ids.split(self.micro), strict=True)
-            ]
+            yield [{"x": a, "ids": b} for a, b in zip(x.split(self.micro), ids.split(self.micro), strict=True)]
 
 
 def network() -> nn.Module:
@@ -54,7 +52,9 @@ def step(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train(run: Path, points: Points | None = None, *, model: nn.Module | None = None, **changes: Any) -> Outcome:
-    settings = Loop(**{"steps": STEPS, "lr": 1e-2, "warmup_steps": 2, "precision": "fp32", "log_every": 5, "ema": 0.9, **changes})
+    settings = Loop(
+        **{"steps": STEPS, "lr": 1e-2, "warmup_steps": 2, "precision": "fp32", "log_every": 5, "ema": 0.9, **changes}
+    )
     module = model or network()
     plan = Plan(schedule(settings, 4, 8), settings, seed=3, metadata={})
     optimizer = adamw(pretrain_groups(module, 0.05), betas=(0.9, 0.95), lr=1e-2)
@@ -166,7 +166,7 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path: Path, kind
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(MaekitError, match="E-NUM-LOSS.*step 8") as caught:
+    with pytest.raises(MaekitError, match=r"E-NUM-LOSS.*step 8") as caught:
         train(tmp_path, Points(poison=7), save_every=3)
     assert caught.value.exit_code == 4
     saved = newest(tmp_path / "checkpoints")

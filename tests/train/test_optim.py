@@ -27,7 +27,9 @@ def test_tokens_decay_in_pretraining_and_vectors_biases_and_fixed_tables_do_not(
     assert grouped == {n for n, _ in model.named_parameters()} - {"pos_embed"}
 
 
-@pytest.mark.parametrize(("name", "decay", "lowest"), [("base", 0.65, 0.0037), ("large", 0.75, 7.5e-4), ("huge", 0.75, 7.5e-5)])
+@pytest.mark.parametrize(
+    ("name", "decay", "lowest"), [("base", 0.65, 0.0037), ("large", 0.75, 7.5e-4), ("huge", 0.75, 7.5e-5)]
+)
 def test_layer_decay_reaches_the_numbers_of_the_paper(name: str, decay: float, lowest: float) -> None:
     """Method 3.5: B .65^13 = .0037, L .75^25 = 7.5e-4, H .75^33 = 7.5e-5."""
     patch = 14 if name == "huge" else 16

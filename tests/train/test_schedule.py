@@ -1,5 +1,6 @@
 """The learning rate at named steps, and lengths in epochs and steps."""
 
+import itertools
 import math
 
 import pytest
@@ -23,8 +24,8 @@ def test_official_pretraining_rate_at_named_epochs() -> None:
 
 def test_rate_changes_every_step_not_every_epoch() -> None:
     rates = [half_cosine(s, total=100, warmup=10, peak=1.0) for s in range(100)]
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
-    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(rates[:11]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_floor_is_where_the_cosine_ends() -> None:

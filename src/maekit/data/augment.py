@@ -68,6 +68,7 @@ class EvalView:
     crop_pct: float
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Return (C, *size)."""
         return eval_view(image, self.size, self.crop_pct)
 
 
@@ -80,6 +81,7 @@ class PretrainView:
     flip: bool = True
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Return (C, *size)."""
         image = random_crop(image, self.size, self.scale)
         return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
 
@@ -106,6 +108,7 @@ class FinetuneView:
         return rand_augment_transform(self.auto_augment or "", {"translate_const": translate, "img_mean": fill})
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Return (C, *size)."""
         image = random_crop(image, self.size, self.scale)
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)

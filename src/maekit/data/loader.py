@@ -18,13 +18,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maekit.data.image import read_image
+from maekit.data.source import Source
 from maekit.errors import MaekitError
 from maekit.seeds import mix, seed_cpu
 
@@ -32,16 +33,6 @@ log = logging.getLogger("maekit")
 
 Batch = dict[str, Tensor]
 View = Callable[[Tensor], Tensor]
-
-
-class Readable(Protocol):
-    """What the loader needs of a source (`maekit.data.sources`)."""
-
-    ids: list[str]
-    labels: list[int] | None
-
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> bytes | Tensor: ...
 
 
 def auto_workers(num_images: int, size: tuple[int, int]) -> int:
@@ -57,7 +48,7 @@ class Samples(Dataset[dict[str, Any]]):
     was wrong travels with the item under "bad".
     """
 
-    def __init__(self, source: Readable, view: View, channels: int, seed: int, num_noise: int) -> None:
+    def __init__(self, source: Source, view: View, channels: int, seed: int, num_noise: int) -> None:
         self.source, self.view, self.channels = source, view, channels
         self.seed, self.num_noise = seed, num_noise
 
@@ -78,8 +69,10 @@ class Samples(Dataset[dict[str, Any]]):
             at = (index + offset) % len(self.source)
             try:
                 data = self.source.read(at)
-                image = data if isinstance(data, Tensor) else read_image(
-                    data, channels=self.channels, name=self.source.ids[at]
+                image = (
+                    data
+                    if isinstance(data, Tensor)
+                    else read_image(data, channels=self.channels, name=self.source.ids[at])
                 )
                 return self._checked(image, at), at, bad
             except (MaekitError, OSError) as error:
@@ -130,7 +123,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Readable,
+        source: Source,
         view: View,
         *,
         batch_size: int,
@@ -257,8 +250,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Let the main process alone decide on signals: ctrl-C reaches the whole group, and a worker that dies of it
-    takes the batch along that the main process still wants to finish."""
+    """Let the main process alone decide on signals.
+
+    Ctrl-C reaches the whole group, and a worker that dies of it takes the batch along that is still to be finished.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

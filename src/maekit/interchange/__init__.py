@@ -1,1 +1,1 @@
-"""Weights in and out. Everything that reads a file of weights does it here."""
+"""Weights in and out. `weights`: maekit's own files, safetensors and nothing else; no pickle is ever opened."""

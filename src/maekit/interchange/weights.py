@@ -102,9 +102,20 @@ def _about(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise MaekitError("E-CKPT-DAMAGED", f"weights {file}", found="a header that cannot be read") from error
     if not isinstance(written, int) or written > FORMAT:
-        raise MaekitError("E-CKPT-FORMAT", f"weights {file}", found=f"format {written}", expected=f"at most {FORMAT}", hint="a newer maekit")
+        raise MaekitError(
+            "E-CKPT-FORMAT",
+            f"weights {file}",
+            found=f"format {written}",
+            expected=f"at most {FORMAT}",
+            hint="a newer maekit",
+        )
     if kind not in ("mae", "encoder"):
-        raise MaekitError("E-CKPT-FORMAT", f"weights {file}", found=f"weights of a {kind}", expected="of a masked autoencoder or its encoder")
+        raise MaekitError(
+            "E-CKPT-FORMAT",
+            f"weights {file}",
+            found=f"weights of a {kind}",
+            expected="of a masked autoencoder or its encoder",
+        )
     if unknown := spec.keys() - create_model.__annotations__.keys():
         raise MaekitError("E-CKPT-DAMAGED", f"weights {file}", found=f"unknown model settings {sorted(unknown)}")
     return about
@@ -112,7 +123,10 @@ def _about(file: Path) -> dict[str, Any]:
 
 def _foreign(file: Path, found: str) -> MaekitError:
     return MaekitError(
-        "E-CKPT-FORMAT", f"weights {file}", found=found, expected="a run folder, a checkpoint folder or a .safetensors file of maekit"
+        "E-CKPT-FORMAT",
+        f"weights {file}",
+        found=found,
+        expected="a run folder, a checkpoint folder or a .safetensors file of maekit",
     )
 
 
@@ -133,9 +147,13 @@ def _fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path
             faults.append(f"{name} is {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise MaekitError("E-CKPT-MODEL", f"weights {file}", found="; ".join(faults[:3]) + more, expected="the model its header names")
+        raise MaekitError(
+            "E-CKPT-MODEL", f"weights {file}", found="; ".join(faults[:3]) + more, expected="the model its header names"
+        )
     if bad := [name for name, value in found.items() if not torch.isfinite(value).all()]:
-        raise MaekitError("E-CKPT-NUMBERS", f"weights {file}", found=f"NaN or infinity in {bad[0]}", expected="finite numbers")
+        raise MaekitError(
+            "E-CKPT-NUMBERS", f"weights {file}", found=f"NaN or infinity in {bad[0]}", expected="finite numbers"
+        )
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:

@@ -1,5 +1,5 @@
-"""Batches become patches, tokens, latents, predictions, a loss. Knows no files, logs or process groups.
+"""Batches become patches, tokens, latents, predictions and a loss: no files, no logs, no process groups.
 
-Shape letters in this room: B batch, C channels, H W pixels, P patch side, N patches, K kept patches,
-D token width, T tokens with prefix (class token, registers).
+One file for each station: `patches` -> `masking` -> `encoder` -> `decoder` -> `targets`, put together in `mae`;
+`heads` is what sits on the encoder afterwards.
 """

@@ -1,4 +1,11 @@
-"""The light Transformer from latent and mask tokens to predictions; thrown away after pre-training."""
+"""The light Transformer that sees all places: latent where a patch was kept, the mask token where it was removed.
+
+Used in pre-training only; its width and depth are free of the encoder's (paper section 4.1: 8 blocks of 512). Every
+prefix token of the encoder (class token, registers, none) goes through the decoder as well, with a position of zeros,
+and gives no prediction.
+
+B batch, N patches, K kept patches, M masked ones, D encoder width, Dd decoder width, T tokens with prefix.
+"""
 
 from functools import partial
 
@@ -6,57 +13,72 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maekit.errors import MaekitError
-from maekit.model.encoder import initialise
-from maekit.model.masking import Masking
+from maekit.model.encoder import check_block, initialise_linear
 from maekit.model.patches import sincos_2d
 
 
 class Decoder(nn.Module):
-    """Project, put mask tokens where patches were removed, add positions, attend, predict.
+    """Project, put every token in its place, add positions, run the blocks; `predict` what is asked for.
 
-    All prefix tokens of the encoder (class token, registers) go through the blocks and are dropped after them, as
-    the class token in the official code. Every LayerNorm has eps 1e-6.
+    Args:
+        embed_dim: D, the encoder's width.
+        dim: Dd, a multiple of 4.
+        depth: number of blocks.
+        num_heads: must divide Dd.
+        grid: rows and columns of patches.
+        num_prefix: tokens before the patches.
+        num_values: values per patch to predict, P*P*C.
+
+    Raises:
+        MaekitError: E-CONFIG-WIDTH, E-CONFIG-DEPTH, E-CONFIG-HEADS.
     """
 
     def __init__(
-        self, embed_dim: int, grid: tuple[int, int], prefix: int, values: int, *, dim: int, depth: int, heads: int
+        self,
+        embed_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        grid: tuple[int, int],
+        num_prefix: int,
+        num_values: int,
     ) -> None:
-        """Build for tokens of width `embed_dim` and patches of `values` numbers.
-
-        Raises:
-            MaekitError: E-CONFIG-SIZE if heads do not divide the width, or 4 does not.
-        """
         super().__init__()
-        if dim % 4 or dim % heads:
-            raise MaekitError(
-                "E-CONFIG-SIZE", "settings decoder_dim and decoder_heads", found=f"{dim} and {heads}", expected="a width divisible by 4 and by the heads"
-            )
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.prefix = prefix
+        check_block("decoder", dim, depth, num_heads)
+        self.num_prefix = num_prefix
+        norm = partial(nn.LayerNorm, eps=1e-6)  # official models_mae.py; torch's default is 1e-5
         self.embed = nn.Linear(embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_2d(dim, grid, prefix)[None], requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(dim, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_2d(dim, grid, num_prefix)[None], requires_grad=False)
+        self.blocks = nn.Sequential(
+            *(Block(dim, num_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        )
         self.norm = norm(dim)
-        self.pred = nn.Linear(dim, values)
-        initialise(self)
+        self.pred = nn.Linear(dim, num_values)
+        self.apply(initialise_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, masking: Masking, ids: Tensor | None = None) -> Tensor:
-        """Predict patches: latent (B, prefix + K, D) -> (B, N, P*P*C) in image order, or those of `ids` (B, M) only.
+    def forward(self, latent: Tensor, ids_keep: Tensor) -> Tensor:
+        """Return tokens of all patches in image order (B, N, Dd), before the final norm.
 
-        Each token is placed by one gather from [visible | mask token]: position n takes the visible token that
-        stands for it, or the mask token.
+        Args:
+            latent: (B, prefix + K, D).
+            ids_keep: (B, K) the place of each kept patch.
         """
-        tokens = self.embed(latent)
-        pool = torch.cat([tokens[:, self.prefix :], self.mask_token.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
-        places = masking.ids_restore.clamp(max=masking.keep)
-        full = torch.cat([tokens[:, : self.prefix], take(pool, places)], dim=1)
-        full = self.blocks(full + self.pos_embed)[:, self.prefix :]
-        return self.pred(self.norm(full if ids is None else take(full, ids)))
+        prefix, kept = self.embed(latent).split([self.num_prefix, ids_keep.shape[1]], dim=1)
+        tokens = torch.cat([prefix, self.place(kept, ids_keep)], dim=1)
+        return self.blocks(tokens + self.pos_embed)[:, self.num_prefix :]
 
+    def place(self, kept: Tensor, ids_keep: Tensor) -> Tensor:
+        """Put kept tokens (B, K, Dd) where they belong among mask tokens: (B, N, Dd).
 
-def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Return rows `ids` (B, M) of (B, N, D) as (B, M, D)."""
-    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        One scatter in place of the paper's append and unshuffle; the same values and gradients.
+        """
+        num_patches = self.pos_embed.shape[1] - self.num_prefix
+        everywhere = self.mask_token.to(kept.dtype).expand(len(kept), num_patches, -1)
+        return everywhere.scatter(1, ids_keep[:, :, None].expand_as(kept), kept)
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Return predictions (B, M, P*P*C) for any selection of tokens (B, M, Dd)."""
+        return self.pred(self.norm(tokens))

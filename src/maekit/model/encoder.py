@@ -1,16 +1,20 @@
-"""Any plain timm VisionTransformer, run on the visible patches only from the first operation on.
+"""Any plain timm VisionTransformer, run on a subset of its patches from the first operation on.
 
-The module stays timm's own, with its names and its own ``forward``: what is here reads its parts. A convolutional
-stem would let removed pixels leak into visible tokens, so only the non-overlapping patch projection is taken. That
-projection is a linear layer on flattened patches, so patches are gathered first and only K of N are embedded.
+The encoder stays timm's own module, untouched: ``encoder(images)`` is the full-length path, and `encode` is the same
+arithmetic with the removed patches never computed. This holds only if a patch's token depends on that patch alone, so
+convolutional stems, overlapping patches and relative positions are refused by name.
+
+B batch, P patch side, C channels, N patches, K kept patches, D token width, T tokens with prefix.
 """
 
 import difflib
-from typing import Any
+from functools import cache
+from typing import NamedTuple
 
 import timm
 import torch
-from timm.layers.patch_embed import PatchEmbed
+from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,133 +22,263 @@ from torch.nn import functional as F
 from maekit.errors import MaekitError
 from maekit.model.patches import sincos_2d
 
+HOMES = ("vision_transformer", "deit")
+"""timm's modules whose models are plain VisionTransformers (the class is checked, too)."""
+
+
+class Geometry(NamedTuple):
+    """What a timm name stands for when nothing is overridden."""
+
+    patch: int
+    width: int
+    heads: int
+    has_class_token: bool
+
 
 def create_encoder(
     name: str,
     *,
     img_size: tuple[int, int],
-    patch_size: int | None,
-    in_chans: int,
-    embed_dim: int | None,
-    depth: int | None,
-    num_heads: int | None,
-    drop_path: float,
+    patch_size: int | None = None,
+    in_chans: int = 3,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    drop_path: float = 0.0,
+    num_classes: int = 0,
+    pool: str = "cls",
 ) -> VisionTransformer:
-    """Build the encoder with the method's positions and initial weights.
+    """Build a timm VisionTransformer with the method's initial weights and sin-cos positions.
+
+    Args:
+        name: timm's name, without a tag.
+        img_size: H, W in pixels.
+        patch_size: side in pixels; None: the name's own, as for the other geometry.
+        in_chans: channels per image.
+        embed_dim: token width.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        num_classes: 0 for none: the head is an identity.
+        pool: "cls": final norm on every token; "mean": norm on the mean of patch tokens (``fc_norm``), which takes
+            the place of the final norm. Without class token and head the output is not pooled.
 
     Raises:
-        MaekitError: E-CONFIG-MODEL for anything but a plain VisionTransformer, E-CONFIG-SIZE for sizes that do not
-            divide.
+        MaekitError: E-CONFIG-MODEL, -SIZE, -PATCH, -CHANNELS, -WIDTH, -DEPTH, -HEADS, -DROP-PATH.
     """
-    wanted: dict[str, Any] = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    wanted = {key: value for key, value in wanted.items() if value is not None}
-    _check_name(name)
-    with torch.device("meta"):
-        probe = timm.create_model(name)
-    _check_plain(name, probe)
-    _check_sizes(probe, img_size, wanted)
+    known = geometry(name)
+    _check_sizes(img_size, patch_size or known.patch, in_chans, drop_path)
+    check_block("encoder", embed_dim or known.width, 1 if depth is None else depth, num_heads or known.heads)
     encoder = timm.create_model(
         name,
+        pretrained=False,
         img_size=img_size,
+        patch_size=patch_size,
         in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
         drop_path_rate=drop_path,
-        num_classes=0,
-        global_pool="token" if probe.has_class_token else "",
-        fc_norm=False,
-        **wanted,
+        num_classes=num_classes,
+        global_pool="avg" if pool == "mean" else "token" if known.has_class_token else "",
+        fc_norm=pool == "mean",
+        weight_init="skip",  # every weight is set below
     )
-    assert isinstance(encoder, VisionTransformer) and encoder.pos_embed is not None
-    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    table = sincos_2d(encoder.embed_dim, encoder.patch_embed.grid_size, prefix)
-    encoder.pos_embed = nn.Parameter(table[None], requires_grad=False)
+    assert isinstance(encoder, VisionTransformer)
     initialise(encoder)
-    # the patch projection starts like the linear layer it is; its bias keeps what PyTorch gives a convolution
-    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
-    for token in (encoder.cls_token, encoder.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
     return encoder
 
 
-def initialise(module: nn.Module) -> None:
-    """Start all linear layers xavier-uniform with zero bias (the fused qkv as one matrix), all norms as 1 and 0.
+@cache
+def geometry(name: str) -> Geometry:
+    """Look a timm name up without allocating its weights.
 
-    Official models_mae.py; convolutions and LayerScale are left as they are.
+    Raises:
+        MaekitError: E-CONFIG-MODEL for an unknown name, a tag, or anything but a plain VisionTransformer.
     """
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
+    if not timm.is_model(name) or "." in name or ":" in name:
+        raise _unknown(name)
+    if not timm.models.is_model_in_modules(name, HOMES):
+        raise _refused(name, "another architecture")
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    if reason := _why_not(model):
+        raise _refused(name, reason)
+    patch = model.patch_embed.patch_size[0]
+    heads = max(
+        (m.num_heads for m in model.blocks.modules() if isinstance(getattr(m, "num_heads", None), int)), default=1
+    )
+    return Geometry(patch, model.embed_dim, heads, model.has_class_token)
 
 
-def encode(encoder: VisionTransformer, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-    """Embed and encode patches: (B, K, P*P*C) -> latent (B, prefix + K, D), normalised.
+def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
+    """Run the encoder on some patches of each image; what is not handed in is never seen.
 
-    Positions are added before prefix tokens come in front, each prefix token with its own (zero) position.
+    Order of the official forward_encoder: embed, add positions, prepend the class token (with its own position, zero
+    at the start), blocks, final norm. Register tokens follow the class token, as in timm.
 
     Args:
-        patches: flattened, channel fastest; only the visible ones.
-        ids_keep: (B, K) which patches these are; None: all, in order.
+        encoder: from `create_encoder`.
+        patches: (B, K, P*P*C), channel fastest.
+        ids: (B, K) place of each in the image.
+
+    Returns:
+        latent (B, T, D), T = prefix tokens + K.
+    """
+    assert encoder.pos_embed is not None
+    num_rows = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    positions = encoder.pos_embed[0]
+    tokens = embed_patches(encoder, patches) + positions[num_rows:][ids]
+    prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    if prefix:
+        first = torch.cat(prefix, dim=1)
+        first = first + positions[:num_rows] if num_rows else first
+        tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+    tokens = encoder.norm_pre(encoder.pos_drop(tokens))
+    if encoder.grad_checkpointing and encoder.training:
+        tokens = checkpoint_seq(encoder.blocks, tokens)
+    else:
+        tokens = encoder.blocks(tokens)
+    return encoder.norm(tokens)
+
+
+def embed_patches(encoder: VisionTransformer, patches: Tensor) -> Tensor:
+    """Project patches (B, K, P*P*C) to tokens (B, K, D) with the weights of timm's patch convolution.
+
+    A convolution whose stride is its kernel is a linear map of each patch; its weight has the channel slowest.
     """
     projection = encoder.patch_embed.proj
-    # a Conv2d kernel is (D, C, P, P); our patches have the channel fastest
     weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
-    tokens = encoder.patch_embed.norm(F.linear(patches, weight, projection.bias))
-    positions = encoder.pos_embed
+    return encoder.patch_embed.norm(F.linear(patches, weight, projection.bias))
+
+
+@torch.no_grad()
+def initialise(encoder: VisionTransformer) -> None:
+    """Set the method's initial weights (official models_mae.py, initialize_weights).
+
+    The patch convolution is drawn like a linear layer, Xavier over the flattened kernel; its bias keeps torch's
+    default. Class and register tokens are N(0, .02). Positions are fixed sin-cos with zero rows for the prefix.
+    """
+    embed, positions = encoder.patch_embed, encoder.pos_embed
     assert positions is not None
+    nn.init.xavier_uniform_(embed.proj.weight.flatten(1))  # a view: draws into the kernel itself
+    for token in (encoder.cls_token, encoder.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    here = positions[0, prefix:]
-    tokens = tokens + (here if ids_keep is None else here[ids_keep])
-    front = [t.expand(len(tokens), -1, -1) for t in (encoder.cls_token, encoder.reg_token) if t is not None]
-    if front:
-        begin = torch.cat(front, dim=1)
-        tokens = torch.cat([begin + positions[:, :prefix] if prefix else begin, tokens], dim=1)
-    tokens = encoder.norm_pre(encoder.pos_drop(tokens))
-    return encoder.norm(encoder.blocks(tokens))
+    positions.copy_(sincos_2d(encoder.embed_dim, embed.grid_size, prefix))
+    positions.requires_grad_(False)
+    encoder.blocks.apply(initialise_linear)
 
 
-def _check_name(name: str) -> None:
-    if name.partition(".")[0] not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=1)
+def initialise_linear(module: nn.Module) -> None:
+    """Draw a linear layer's weight Xavier uniform, a fused qkv as the one matrix it is; biases 0.
+
+    Norms are left alone: they are built as 1 and 0.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_block(part: str, width: int, depth: int, heads: int) -> None:
+    """Refuse widths, depths and heads that cannot work together.
+
+    Args:
+        part: "encoder" | "decoder", for the message.
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads per block.
+
+    Raises:
+        MaekitError: E-CONFIG-WIDTH, E-CONFIG-DEPTH, E-CONFIG-HEADS.
+    """
+    names = (
+        ("decoder_dim", "decoder_depth", "decoder_heads") if part == "decoder" else ("embed_dim", "depth", "num_heads")
+    )
+    if width < 4 or width % 4:
         raise MaekitError(
-            "E-CONFIG-MODEL", "setting model", found=name, expected="a VisionTransformer of timm", hint=near[0] if near else "vit_base_patch16_224"
+            "E-CONFIG-WIDTH",
+            f"setting {names[0]}",
+            found=width,
+            expected="a multiple of 4 (sine and cosine of x and of y)",
+            hint=f"{names[0]} {max(4, round(width / 4) * 4)}",
         )
-
-
-def _check_sizes(probe: VisionTransformer, img_size: tuple[int, int], wanted: dict[str, Any]) -> None:
-    """Refuse what would fail inside timm, or be cut off there, with the numbers that would do."""
-    dim = wanted.get("embed_dim", probe.embed_dim)
-    heads = wanted.get("num_heads", probe.blocks[0].attn.num_heads)
-    patch = wanted.get("patch_size", probe.patch_embed.patch_size[0])
-    if dim % 4:
+    if depth < 1:
+        raise MaekitError("E-CONFIG-DEPTH", f"setting {names[1]}", found=depth, expected="at least 1 block")
+    if heads < 1 or width % heads:
+        fits = [n for n in range(1, width + 1) if width % n == 0]
+        nearest = min(fits, key=lambda n: abs(n - heads))
         raise MaekitError(
-            "E-CONFIG-SIZE", "setting embed_dim", found=dim, expected="a multiple of 4 (sin-cos positions)", hint=f"--embed-dim {dim + 4 - dim % 4}"
+            "E-CONFIG-HEADS",
+            f"setting {names[2]}",
+            found=f"{heads} heads",
+            expected=f"a divisor of the width {width}",
+            hint=f"{names[2]} {nearest}",
         )
-    if dim % heads:
-        raise MaekitError("E-CONFIG-SIZE", "setting num_heads", found=heads, expected=f"a divisor of the width {dim}", hint="--num-heads")
-    if any(side % patch for side in img_size):
-        fits = " ".join(str(max(patch, round(side / patch) * patch)) for side in img_size)
+
+
+def _check_sizes(img_size: tuple[int, int], patch: int, channels: int, drop_path: float) -> None:
+    if patch < 1:
+        raise MaekitError("E-CONFIG-PATCH", "setting patch_size", found=patch, expected="at least 1 pixel")
+    if any(side < patch or side % patch for side in img_size):
+        fits = [max(patch, round(side / patch) * patch) for side in img_size]
         raise MaekitError(
-            "E-CONFIG-SIZE", "setting img_size", found=f"{img_size[0]} {img_size[1]}", expected=f"multiples of the patch side {patch}", hint=f"--img-size {fits}"
+            "E-CONFIG-SIZE",
+            "setting img_size",
+            found=f"{img_size[0]} x {img_size[1]} pixels",
+            expected=f"multiples of the patch side {patch}",
+            hint=f"img_size {fits[0]} {fits[1]}, or another patch_size",
         )
+    if channels < 1:
+        raise MaekitError("E-CONFIG-CHANNELS", "setting channels", found=channels, expected="at least 1")
+    if not 0 <= drop_path < 1:
+        raise MaekitError("E-CONFIG-DROP-PATH", "setting drop_path", found=drop_path, expected="0 up to below 1")
 
 
-def _check_plain(name: str, encoder: nn.Module) -> None:
-    def refuse(why: str) -> MaekitError:
-        return MaekitError(
-            "E-CONFIG-MODEL", f"model {name}", found=why, expected="a plain timm VisionTransformer", hint="--model vit_base_patch16_224"
-        )
-
-    if type(encoder) is not VisionTransformer:
-        raise refuse(f"a {type(encoder).__name__}")
-    embed = encoder.patch_embed
+def _why_not(model: nn.Module) -> str | None:
+    """Return why a model cannot run on a subset of its patches exactly, or None if it can."""
+    if type(model) is not VisionTransformer:
+        return f"class {type(model).__name__}"
+    embed = model.patch_embed
     if type(embed) is not PatchEmbed:
-        raise refuse(f"a {type(embed).__name__} stem: removed pixels would leak into visible tokens")
-    if encoder.pos_embed is None or encoder.dynamic_img_size:
-        raise refuse("no table of positions of fixed size")
+        return f"a stem of class {type(embed).__name__}"
+    if model.pos_embed is None:
+        return "no absolute positions"
+    if model.dynamic_img_size:
+        return "an image size decided at run time"
     if embed.patch_size[0] != embed.patch_size[1]:
-        raise refuse(f"patches of {embed.patch_size}, not square")
+        return f"patches of {embed.patch_size[0]} x {embed.patch_size[1]}"
+    return None
+
+
+def _unknown(name: str) -> MaekitError:
+    plain = name.split(".")[0]
+    if plain != name and timm.is_model(plain):
+        return MaekitError(
+            "E-CONFIG-MODEL",
+            "setting model",
+            found=f"{name}, a name with a tag of timm's weights",
+            expected="the architecture's name alone: weights are not taken from timm",
+            hint=plain,
+        )
+    names = [known for home in HOMES for known in timm.list_models(module=home)]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return MaekitError(
+        "E-CONFIG-MODEL",
+        "setting model",
+        found=f"{name!r}, which timm does not know",
+        expected="a plain timm VisionTransformer",
+        hint=f"did you mean {near[0]!r}?" if near else "vit_base_patch16_224",
+    )
+
+
+def _refused(name: str, reason: str) -> MaekitError:
+    return MaekitError(
+        "E-CONFIG-MODEL",
+        "setting model",
+        found=f"{name}, which has {reason}",
+        expected="a plain timm VisionTransformer: square patches, absolute positions, fixed size (others would leak masked pixels)",
+        hint="vit_small_patch16_224 or vit_base_patch16_224",
+    )

@@ -1,69 +1,88 @@
-"""What sits on the encoder after pre-training: a classifier that trains whole, or a linear head on frozen features."""
+"""What sits on the encoder afterwards: a classifier to fine-tune, a linear layer to probe with.
+
+B batch, D token width.
+"""
 
 from typing import Any
 
-import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maekit.errors import MaekitError
-from maekit.model.encoder import initialise
-from maekit.model.mae import MaskedAutoencoder, create_model
+from maekit.model.encoder import create_encoder
+from maekit.model.mae import MaskedAutoencoder, check_pool
 
 
 def classifier(
-    model: MaskedAutoencoder, num_classes: int, *, pool: str, drop_path: float, pretrained: bool
+    model: MaskedAutoencoder,
+    num_classes: int,
+    *,
+    pool: str = "mean",
+    drop_path: float = 0.0,
+    pretrained: bool = True,
 ) -> VisionTransformer:
-    """Build the timm VisionTransformer that is fine-tuned, of `model`'s architecture.
+    """Build a plain timm VisionTransformer with a head, of the encoder's geometry (method 3.5).
 
-    With pool "mean" the final norm is replaced by a new one on the mean of the patch tokens (``fc_norm``); with
-    "cls" the encoder's own norm stays. Positions become trainable; the head starts with std 2e-5 (official
-    fine-tuning). Linear layers that are new start xavier-uniform as in pre-training.
+    With "mean" a new norm on the mean of patch tokens (``fc_norm``) takes the place of the final norm; with "cls" the
+    final norm and the class token are used. Positions become trainable. The head starts nearly at zero: N(0, 2e-5)
+    cut at two units, as in the official fine-tuning.
 
     Args:
-        pretrained: take over the encoder's weights; otherwise all but the position table is random.
+        model: brings the geometry and, if `pretrained`, the weights.
+        num_classes: outputs of the head.
+        pool: "mean" | "cls".
+        drop_path: stochastic depth of the last block, rising linearly from 0.
+        pretrained: False: weights drawn anew as pre-training starts from (sin-cos positions too), so that arms of a
+            comparison differ in pre-training alone.
 
     Raises:
-        MaekitError: E-CONFIG-POOL for "cls" without a class token.
+        MaekitError: E-CONFIG-POOL, E-CONFIG-CLASSES for fewer than one class.
     """
-    encoder, spec = model.encoder, model.spec
-    if pool == "cls" and not encoder.has_class_token:
-        raise MaekitError("E-CONFIG-POOL", "setting pool", found="cls", expected="mean: this encoder has no class token")
-    wanted: dict[str, Any] = {key: spec[key] for key in ("patch_size", "embed_dim", "depth", "num_heads") if spec[key]}
-    new = timm.create_model(
-        spec["name"],
-        img_size=model.img_size,
-        in_chans=spec["in_chans"],
-        num_classes=num_classes,
-        global_pool="avg" if pool == "mean" else "token",
-        fc_norm=pool == "mean",
-        drop_path_rate=drop_path,
-        **wanted,
-    )
-    assert isinstance(new, VisionTransformer)
-    initialise(new)
-    state = encoder.state_dict()
-    if pool == "mean":  # the norm before pooling belongs to the pre-trained use only
-        state = {name: value for name, value in state.items() if not name.startswith("norm.")}
-    if not pretrained:
-        fresh = create_model(**spec).encoder.state_dict()
-        state = {name: fresh[name] for name in state}
-    missing, unexpected = new.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.startswith(("head.", "fc_norm.")) for name in missing), (missing, unexpected)
-    nn.init.trunc_normal_(new.head.weight, std=2e-5)
-    nn.init.zeros_(new.head.bias)
-    return new
+    check_pool(model.encoder, pool)
+    if num_classes < 1:
+        raise MaekitError("E-CONFIG-CLASSES", "number of classes", found=num_classes, expected="at least 1")
+    fresh = create_encoder(**encoder_spec(model.spec) | {"drop_path": drop_path}, num_classes=num_classes, pool=pool)
+    if pretrained:
+        _take_over(fresh, model.encoder.state_dict())
+    assert fresh.pos_embed is not None
+    fresh.pos_embed.requires_grad_(True)
+    nn.init.trunc_normal_(fresh.head.weight, std=2e-5)
+    nn.init.zeros_(fresh.head.bias)
+    return fresh
 
 
-class LinearHead(nn.Sequential):
-    """Batch norm without affine part (eps 1e-6), then a linear layer that starts with std .01 (official probe)."""
+def encoder_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a model's ``spec`` that `create_encoder` takes."""
+    names = ("name", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "drop_path")
+    return {"img_size": tuple(spec["img_size"]), **{name: spec[name] for name in names}}
+
+
+def _take_over(classifier: VisionTransformer, weights: dict[str, Tensor]) -> None:
+    """Copy an encoder's weights; what is new may only be the head and the norm under it."""
+    theirs = {name: value for name, value in weights.items() if name in classifier.state_dict()}
+    missing = classifier.load_state_dict(theirs, strict=False).missing_keys
+    dropped = set(weights) - set(theirs)
+    assert all(name.startswith(("head.", "fc_norm.")) for name in missing), missing
+    assert all(name.startswith("norm.") for name in dropped), dropped
+
+
+class LinearHead(nn.Module):
+    """Batch norm without affine part, then a linear layer: the probe's head (official main_linprobe.py).
+
+    Put no weight decay on it. The linear layer starts at N(0, .01), bias 0.
+
+    Args:
+        dim: D.
+        num_classes: outputs.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
-        linear = nn.Linear(dim, num_classes)
-        nn.init.normal_(linear.weight, std=0.01)
-        nn.init.zeros_(linear.bias)
-        super().__init__(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return logits: (B, D) -> (B, classes)."""
-        return super().forward(input)
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (B, classes) of features (B, D)."""
+        return self.linear(self.norm(features))

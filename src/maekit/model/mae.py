@@ -1,11 +1,15 @@
-"""The masked autoencoder of arXiv 2111.06377: encoder on visible patches, light decoder, loss on removed ones.
+"""The masked autoencoder: encoder, decoder, target and loss on masked patches (arXiv 2111.06377).
 
-``forward`` gives everything a user may want to look at; ``loss`` is what training calls and predicts removed patches
-only. Both give the same loss.
+`forward` answers everything (prediction of all patches, mask, latent); `loss` is what training calls: it predicts and
+normalises the masked patches only and gives the same number and gradients.
+
+B batch, C channels, H W pixels, P patch side, N patches, K kept patches, M masked ones, D token width.
 """
 
-from dataclasses import dataclass
-from typing import Any, get_args
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,23 +17,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maekit.errors import MaekitError
-from maekit.model.decoder import Decoder, take
+from maekit.model.decoder import Decoder
 from maekit.model.encoder import create_encoder, encode
-from maekit.model.masking import Masking, by_mask, by_noise, len_keep
+from maekit.model.masking import Masking, given_masking, len_keep, random_masking
 from maekit.model.patches import patchify
-from maekit.model.targets import Target, reconstruction_loss
+from maekit.model.targets import TARGETS, reconstruction_loss, target_of
+
+Statistics = Sequence[float]
 
 
-@dataclass(frozen=True)
-class Output:
-    """What one masked pass gives.
+class Output(NamedTuple):
+    """What a forward pass gives.
 
     Attributes:
-        loss: scalar, mean squared error over removed patches.
-        pred: (B, N, P*P*C) in image order, in the target's units; at visible patches untrained.
+        loss: scalar, mean squared error on masked patches.
+        pred: (B, N, P*P*C) in image order, channel fastest; for "norm_pixel" in each patch's own units.
         mask: (B, N) bool, True = removed.
-        ids_restore: (B, N) where each patch went in the order of its noise.
-        latent: (B, prefix + K, D) normalised encoder output, kept patches in the order of their noise.
+        ids_restore: (B, N) place of each patch in the shuffled order.
+        latent: (B, prefix + K, D), kept patches in shuffled order.
     """
 
     loss: Tensor
@@ -40,45 +45,33 @@ class Output:
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder, decoder, target and loss. Built by `create_model`.
+    """A timm encoder on visible patches and a light decoder that predicts the removed ones.
+
+    Build one with `create_model`. Images handed in are already normalised with `mean` and `std`.
 
     Attributes:
-        encoder: a plain timm VisionTransformer.
-        spec: keyword arguments of `create_model` that build this model again; plain JSON.
-        mean: per channel, with which images were normalised; likewise `std`.
+        encoder: a plain timm VisionTransformer without head.
+        decoder: names embed, mask_token, pos_embed, blocks, norm, pred.
+        target: "norm_pixel" | "pixel".
+        spec: JSON-able arguments: ``create_model(**model.spec)`` builds the same architecture.
+        mean: of each channel, in units of 0..1.
+        std: of each channel, in units of 0..1.
+        img_size: H, W in pixels.
+        patch: side in pixels.
+        grid: rows and columns of patches.
+        num_patches: N.
     """
 
-    def __init__(self, encoder: VisionTransformer, decoder: Decoder, spec: dict[str, Any]) -> None:
+    def __init__(self, encoder: VisionTransformer, decoder: Decoder, target: str, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.spec = encoder, decoder, spec
-        self.target: Target = spec["target"]
-        self.set_statistics(spec["mean"], spec["std"])
-
-    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Note the mean and deviation with which images are normalised: weights travel with them."""
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.spec |= {"mean": list(mean), "std": list(std)}
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Return the patches per column and per row."""
-        rows, columns = self.encoder.patch_embed.grid_size
-        return rows, columns
-
-    @property
-    def patch(self) -> int:
-        """Return the patch side P in pixels."""
-        return self.encoder.patch_embed.patch_size[0]
-
-    @property
-    def img_size(self) -> tuple[int, int]:
-        """Return height and width in pixels."""
-        return self.grid[0] * self.patch, self.grid[1] * self.patch
-
-    @property
-    def num_patches(self) -> int:
-        """Return N."""
-        return self.grid[0] * self.grid[1]
+        self.encoder, self.decoder, self.target, self.spec = encoder, decoder, target, spec
+        self.mean, self.std = tuple(spec["mean"]), tuple(spec["std"])
+        embed = encoder.patch_embed
+        assert embed.img_size is not None and embed.grid_size is not None
+        self.img_size: tuple[int, int] = (embed.img_size[0], embed.img_size[1])
+        self.grid: tuple[int, int] = (embed.grid_size[0], embed.grid_size[1])
+        self.patch: int = embed.patch_size[0]
+        self.num_patches = self.grid[0] * self.grid[1]
 
     def forward(
         self,
@@ -89,82 +82,120 @@ class MaskedAutoencoder(nn.Module):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Output:
-        """Mask, encode, decode and score normalised images (B, C, H, W).
+        """Mask, encode what is left, predict every patch.
 
         Args:
-            images: normalised with `mean` and `std`.
-            mask_ratio: share of patches removed; of no effect with `mask`.
-            noise: (B, N), the patches of lowest noise stay.
-            mask: (B, N) bool, True = removed, the same number in every row.
-            generator: draws the noise, on its own device.
+            images: (B, C, H, W), normalised.
+            mask_ratio: share of patches removed; not looked at when `mask` is given.
+            noise: (B, N) decides the mask: in each row the lowest stay. Default: drawn here.
+            mask: (B, N) bool, True = removed, the same number in every row; in place of `noise`.
+            generator: what the noise is drawn from; its device may differ from that of the images.
 
         Raises:
-            MaekitError: E-CONFIG-SIZE, E-CONFIG-MASK.
+            MaekitError: E-DATA-SHAPE for images of another size, E-CONFIG-MASK for a ratio, noise or mask that
+                cannot be used.
         """
         patches = self._patches(images)
-        masking = self._masking(patches, mask_ratio, noise, mask, generator)
-        latent = encode(self.encoder, take(patches, masking.ids_keep), masking.ids_keep)
-        pred = self.decoder(latent, masking)
-        loss = reconstruction_loss(take(pred, masking.ids_masked), take(patches, masking.ids_masked), self.target)
+        masking = self._masking(images, mask_ratio, noise, mask, generator)
+        latent = encode(self.encoder, _select(patches, masking.ids_keep), masking.ids_keep)
+        pred = self.decoder.predict(self.decoder(latent, masking.ids_keep))
+        target = target_of(_select(patches, masking.ids_masked), self.target)
+        loss = reconstruction_loss(_select(pred, masking.ids_masked), target)
         return Output(loss, pred, masking.mask, masking.ids_restore, latent)
 
-    def loss(self, images: Tensor, noise: Tensor | None = None, *, mask_ratio: float = 0.75) -> Tensor:
-        """Return the training loss: as `forward`, but only removed patches are predicted."""
-        patches = self._patches(images)
-        masking = self._masking(patches, mask_ratio, noise, None, None)
-        latent = encode(self.encoder, take(patches, masking.ids_keep), masking.ids_keep)
-        pred = self.decoder(latent, masking, masking.ids_masked)
-        return reconstruction_loss(pred, take(patches, masking.ids_masked), self.target)
+    def loss(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Tensor:
+        """Return the loss that `forward` returns, without predicting what does not enter it.
 
-    def features(self, images: Tensor, pool: str = "mean") -> Tensor:
-        """Encode whole images, nothing masked: (B, D), or (B, prefix + N, D) with pool "tokens".
-
-        "mean" is over patch tokens, without class token and registers; all are normalised encoder output.
+        Args:
+            images: (B, C, H, W), normalised.
+            noise: (B, N), as in `forward`.
+            mask_ratio: share of patches removed.
 
         Raises:
-            MaekitError: E-CONFIG-POOL for another pool, or "cls" without a class token; E-CONFIG-SIZE.
+            MaekitError: as `forward`.
         """
-        tokens = encode(self.encoder, self._patches(images))
+        patches = self._patches(images)
+        masking = self._masking(images, mask_ratio, noise, None, None)
+        latent = encode(self.encoder, _select(patches, masking.ids_keep), masking.ids_keep)
+        tokens = self.decoder(latent, masking.ids_keep)
+        pred = self.decoder.predict(_select(tokens, masking.ids_masked))
+        return reconstruction_loss(pred, target_of(_select(patches, masking.ids_masked), self.target))
+
+    def features(self, images: Tensor, pool: str = "mean") -> Tensor:
+        """Run the whole encoder on whole images; never masks.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            pool: "mean" of patch tokens (B, D) | "cls" class token (B, D) | "tokens" all, prefix first (B, T, D).
+
+        Raises:
+            MaekitError: E-CONFIG-POOL for an unknown pool or a class token that is not there, E-DATA-SHAPE.
+        """
+        check_pool(self.encoder, pool, also=("tokens",))
+        self._check_images(images)
+        tokens = self.encoder.forward_features(images)
         if pool == "tokens":
             return tokens
-        if pool == "mean":
-            return tokens[:, self.encoder.num_prefix_tokens :].mean(1)
-        if pool == "cls" and self.encoder.has_class_token:
-            return tokens[:, 0]
-        raise MaekitError("E-CONFIG-POOL", "setting pool", found=pool, expected="mean, tokens, or cls where there is a class token")
+        return tokens[:, 0] if pool == "cls" else tokens[:, self.encoder.num_prefix_tokens :].mean(1)
+
+    def set_statistics(self, mean: Statistics, std: Statistics) -> None:
+        """Say what images are normalised with; kept in `spec` and so in saved weights.
+
+        Raises:
+            MaekitError: E-CONFIG-STATS if there is not one finite mean and one positive std for each channel.
+        """
+        self.mean, self.std = _statistics(mean, std, self.encoder.in_chans)
+        self.spec |= {"mean": list(self.mean), "std": list(self.std)}
 
     def _patches(self, images: Tensor) -> Tensor:
+        self._check_images(images)
+        return patchify(images, self.patch)
+
+    def _check_images(self, images: Tensor) -> None:
         expected = (self.encoder.in_chans, *self.img_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise MaekitError("E-CONFIG-SIZE", "images", found=tuple(images.shape), expected=f"(B, {', '.join(map(str, expected))})")
-        return patchify(images, self.patch)
+            raise MaekitError(
+                "E-DATA-SHAPE",
+                "argument images",
+                found=f"shape {tuple(images.shape)}",
+                expected=f"(B, {', '.join(map(str, expected))})",
+            )
 
     def _masking(
         self,
-        patches: Tensor,
+        images: Tensor,
         mask_ratio: float,
         noise: Tensor | None,
         mask: Tensor | None,
         generator: torch.Generator | None,
     ) -> Masking:
-        given = [value for value in (noise, mask, generator) if value is not None]
-        if len(given) > 1:
-            raise MaekitError("E-CONFIG-MASK", "noise, mask and generator", found=f"{len(given)} of them", expected="one at most")
-        for value in (noise, mask):
-            if value is not None and tuple(value.shape) != tuple(patches.shape[:2]):
-                raise MaekitError("E-CONFIG-MASK", "noise or mask", found=tuple(value.shape), expected=f"{tuple(patches.shape[:2])}")
+        shape = (len(images), self.num_patches)
+        for name, given in (("noise", noise), ("mask", mask)):
+            if given is not None and tuple(given.shape) != shape:
+                raise MaekitError(
+                    "E-CONFIG-MASK",
+                    f"argument {name}",
+                    found=f"shape {tuple(given.shape)}",
+                    expected=f"(B, N) = {shape}",
+                )
         if mask is not None:
-            return by_mask(mask)
+            if mask.dtype != torch.bool or noise is not None:
+                found = "together with noise" if noise is not None else f"dtype {mask.dtype}"
+                raise MaekitError(
+                    "E-CONFIG-MASK", "argument mask", found=found, expected="bool, True = removed, and no noise"
+                )
+            return given_masking(mask.to(images.device))
+        keep = len_keep(self.num_patches, mask_ratio)
         if noise is None:
-            where = patches.device if generator is None else generator.device
-            noise = torch.rand(patches.shape[:2], generator=generator, device=where).to(patches.device)
-        return by_noise(noise, len_keep(patches.shape[1], mask_ratio))
+            device = images.device if generator is None else generator.device
+            noise = torch.rand(shape, generator=generator, device=device)
+        return random_masking(noise.to(images.device), keep)
 
 
 def create_model(
     name: str = "vit_base_patch16_224",
     *,
-    img_size: int | tuple[int, int] = 224,
+    img_size: int | Sequence[int] = 224,
     patch_size: int | None = None,
     in_chans: int = 3,
     embed_dim: int | None = None,
@@ -174,29 +205,59 @@ def create_model(
     decoder_dim: int = 512,
     decoder_depth: int = 8,
     decoder_heads: int = 16,
-    target: Target = "norm_pixel",
-    mean: tuple[float, ...] | list[float] | None = None,
-    std: tuple[float, ...] | list[float] | None = None,
+    target: str = "norm_pixel",
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
 ) -> MaskedAutoencoder:
-    """Build a masked autoencoder around any plain timm VisionTransformer, with the paper's initial weights.
+    """Build a masked autoencoder with freshly drawn weights; the defaults are the paper's ViT-B.
 
     Args:
-        name: timm's name; registers, no class token, any patch side are fine.
-        img_size: side, or (height, width); multiples of the patch side.
-        patch_size: P; like `embed_dim`, `depth` and `num_heads` it replaces the named model's own.
-        in_chans: channels of the images.
-        drop_path: stochastic depth of the encoder (the paper pre-trains without).
-        decoder_dim: width; 512, 8 blocks and 16 heads are the paper's default row for every encoder.
-        target: "norm_pixel" (each patch normalised by itself) or "pixel".
-        mean: with which images will be normalised; default: ImageNet's for 3 channels, else .5; likewise `std`.
+        name: any plain timm VisionTransformer, with or without class token and registers.
+        img_size: side in pixels, or H and W; multiples of the patch side.
+        patch_size: side in pixels; None: the name's own, as for the other geometry of the encoder.
+        in_chans: channels per image.
+        embed_dim: encoder width, a multiple of 4.
+        depth: encoder blocks.
+        num_heads: encoder heads; must divide the width.
+        drop_path: stochastic depth of the encoder (the paper uses none).
+        decoder_dim: decoder width, a multiple of 4.
+        decoder_depth: decoder blocks.
+        decoder_heads: decoder heads; must divide the width.
+        target: "norm_pixel" | "pixel".
+        mean: what images are normalised with, per channel in units of 0..1; None: ImageNet's for 3 channels, else .5.
+        std: as `mean`.
 
     Raises:
-        MaekitError: E-CONFIG-MODEL, E-CONFIG-SIZE, E-CONFIG-TARGET.
+        MaekitError: E-CONFIG-*, naming the argument.
     """
-    if target not in get_args(Target):
-        raise MaekitError("E-CONFIG-TARGET", "setting target", found=target, expected=" or ".join(get_args(Target)))
-    size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
-    rgb = in_chans == 3
+    size = _image_size(img_size)
+    defaults = (
+        (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
+    )
+    encoder = create_encoder(
+        name,
+        img_size=size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        drop_path=drop_path,
+    )
+    channel_mean, channel_std = _statistics(mean or defaults[0], std or defaults[1], in_chans)
+    grid, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
+    assert grid is not None
+    num_values = patch * patch * in_chans
+    _check_target(target, num_values)
+    decoder = Decoder(
+        encoder.embed_dim,
+        decoder_dim,
+        decoder_depth,
+        decoder_heads,
+        grid=(grid[0], grid[1]),
+        num_prefix=encoder.num_prefix_tokens,
+        num_values=num_values,
+    )
     spec: dict[str, Any] = {
         "name": name,
         "img_size": list(size),
@@ -210,19 +271,95 @@ def create_model(
         "decoder_depth": decoder_depth,
         "decoder_heads": decoder_heads,
         "target": target,
-        "mean": list(mean or (IMAGENET_DEFAULT_MEAN if rgb else (0.5,) * in_chans)),
-        "std": list(std or (IMAGENET_DEFAULT_STD if rgb else (0.5,) * in_chans)),
+        "mean": list(channel_mean),
+        "std": list(channel_std),
     }
-    shape = {key: spec[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "drop_path")}
-    encoder = create_encoder(name, img_size=size, **shape)
-    embed = encoder.patch_embed
-    decoder = Decoder(
-        encoder.embed_dim,
-        (embed.grid_size[0], embed.grid_size[1]),
-        encoder.num_prefix_tokens,
-        embed.patch_size[0] ** 2 * in_chans,
-        dim=decoder_dim,
-        depth=decoder_depth,
-        heads=decoder_heads,
+    return MaskedAutoencoder(encoder, decoder, target, spec)
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters, as the paper's sizes are given.
+
+    Attributes:
+        encoder: trainable.
+        decoder: trainable.
+        fixed: position tables of both.
+    """
+
+    encoder: int
+    decoder: int
+    fixed: int
+
+
+def count_parameters(model: MaskedAutoencoder) -> Parameters:
+    """Count trainable parameters of encoder and decoder, and the fixed ones."""
+    encoder, decoder = (
+        sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model.encoder, model.decoder)
     )
-    return MaskedAutoencoder(encoder, decoder, spec)
+    return Parameters(encoder, decoder, sum(p.numel() for p in model.parameters() if not p.requires_grad))
+
+
+def check_pool(encoder: VisionTransformer, pool: str, also: tuple[str, ...] = ()) -> None:
+    """Refuse an unknown way of pooling, or a class token that the encoder does not have.
+
+    Raises:
+        MaekitError: E-CONFIG-POOL.
+    """
+    known = ("mean", "cls", *also)
+    if pool not in known:
+        raise MaekitError(
+            "E-CONFIG-POOL", "setting pool", found=pool, expected=" | ".join(known), hint=_near(pool, known)
+        )
+    if pool == "cls" and not encoder.has_class_token:
+        raise MaekitError(
+            "E-CONFIG-POOL",
+            "setting pool",
+            found="cls, for an encoder without class token",
+            expected="mean",
+            hint="pool mean",
+        )
+
+
+def _select(rows: Tensor, ids: Tensor) -> Tensor:
+    """Take rows (B, N, X) by index (B, M) within each image: (B, M, X)."""
+    return rows.gather(1, ids[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2:
+        raise MaekitError("E-CONFIG-SIZE", "setting img_size", found=img_size, expected="a side, or height and width")
+    return sides[0], sides[1]
+
+
+def _statistics(mean: Statistics, std: Statistics, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if len(mean) != channels or len(std) != channels or not finite or min(std) <= 0:
+        raise MaekitError(
+            "E-CONFIG-STATS",
+            "mean and std of the images",
+            found=f"{mean} and {std}",
+            expected=f"{channels} finite means and {channels} positive deviations, one per channel",
+        )
+    return mean, std
+
+
+def _check_target(target: str, num_values: int) -> None:
+    if target not in TARGETS:
+        raise MaekitError(
+            "E-CONFIG-TARGET", "setting target", found=target, expected=" | ".join(TARGETS), hint=_near(target, TARGETS)
+        )
+    if target == "norm_pixel" and num_values < 2:
+        raise MaekitError(
+            "E-CONFIG-TARGET",
+            "setting target",
+            found="norm_pixel with one value in a patch",
+            expected="at least two values, to have a variance",
+            hint="target pixel",
+        )
+
+
+def _near(word: str, known: Sequence[str]) -> str | None:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else None

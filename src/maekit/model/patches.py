@@ -1,41 +1,67 @@
-"""Images to flattened patches and back, and the fixed positions of both sides.
+"""Images as rows of patches, and where each patch sits.
 
-B batch, C channels, P patch side, N patches, D token width.
+One layout everywhere: patches run row by row over the grid, and inside a patch the channel runs fastest, then x,
+then y (official models_mae.py). Whoever needs another order converts at the border.
+
+B batch, C channels, H W pixels, P patch side, N patches, D token width.
 """
 
 import torch
 from torch import Tensor
 
+Pair = tuple[int, int]
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Cut images into flattened patches: (B, C, H, W) -> (B, N, P*P*C), row by row, channel fastest.
 
-    The order inside a patch is (row, column, channel), as in the official code: not the (channel, row, column) of a
-    flattened Conv2d kernel.
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else value
+
+
+def patchify(images: Tensor, patch: int | Pair) -> Tensor:
+    """Cut images (B, C, H, W) into patches (B, N, P*P*C), channel fastest.
+
+    H and W must be multiples of the patch side.
     """
-    b, c, h, w = images.shape
-    grid = images.reshape(b, c, h // patch, patch, w // patch, patch)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+    (height, width), (batch, channels, rows, columns) = _pair(patch), images.shape
+    grid = images.reshape(batch, channels, rows // height, height, columns // width, width)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, height * width * channels)
 
 
-def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """Put flattened patches together again: (B, N, P*P*C) -> (B, C, H, W)."""
-    (b, _, width), (rows, columns) = patches.shape, grid
-    c = width // patch**2
-    cells = patches.reshape(b, rows, columns, patch, patch, c)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(b, c, rows * patch, columns * patch)
+def unpatchify(patches: Tensor, patch: int | Pair, grid: Pair) -> Tensor:
+    """Put patches (B, N, P*P*C) back together to images (B, C, H, W); the exact inverse of `patchify`.
+
+    Args:
+        patches: row by row over the grid, channel fastest.
+        patch: side in pixels, or height and width.
+        grid: rows and columns of patches.
+    """
+    (height, width), (rows, columns) = _pair(patch), grid
+    batch, _, values = patches.shape
+    channels = values // (height * width)
+    cells = patches.reshape(batch, rows, columns, height, width, channels)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * height, columns * width)
 
 
-def sincos_2d(dim: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
-    """Return the fixed table of positions, (prefix + N, dim) float32, rows of prefix tokens zero.
+def sincos_2d(dim: int, grid: Pair, prefix: int = 0) -> Tensor:
+    """Return fixed 2-D sine-cosine positions (prefix + N, dim), float32.
 
-    The first half of the channels encodes the column (width first, although the official code calls it emb_h), the
-    second the row; each half is [sin | cos] of position * 10000^(-i / (dim / 4)), computed in float64
-    (official util/pos_embed.py; the tables of MoCo v3 and big_vision divide by dim / 4 - 1 and differ).
+    The first half of the channels encodes x (the column), the second y (the row), each as [sin | cos] over dim / 4
+    frequencies 10000^(-i / (dim / 4)) computed in float64 (official util/pos_embed.py, where the first half is called
+    emb_h but is fed the column). MoCo v3 and big_vision divide by dim / 4 - 1 instead: another table, up to 0.25 off.
+
+    Args:
+        dim: token width, a multiple of 4.
+        grid: rows and columns of patches.
+        prefix: rows of zeros put before, one for each token that has no place in the image.
     """
     assert dim % 4 == 0, dim
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]
-    table = torch.cat([half for angle in angles for half in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(prefix, dim, dtype=torch.float64), table]).float()
+    rows, columns = grid
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    x = _sincos_1d(torch.arange(columns, dtype=torch.float64), omega)
+    y = _sincos_1d(torch.arange(rows, dtype=torch.float64), omega)
+    table = torch.cat([x.expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)], dim=2).reshape(-1, dim)
+    return torch.cat([table.new_zeros(prefix, dim), table]).float()
+
+
+def _sincos_1d(positions: Tensor, omega: Tensor) -> Tensor:
+    angles = torch.outer(positions, omega)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

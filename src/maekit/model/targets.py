@@ -1,28 +1,47 @@
-"""What the decoder must predict, and how far off it is."""
+"""What the decoder must predict: the pixels of a patch, plain or normalised by the patch itself.
 
-from typing import Literal
+B batch, M patches (any selection), P patch side, C channels.
+"""
 
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Target = Literal["norm_pixel", "pixel"]
+TARGETS: tuple[str, ...] = get_args(Target)
 EPS = 1e-6
-"""Inside the root of the patch's standard deviation (official models_mae.py)."""
+"""Added to a patch's variance inside the root (official models_mae.py, forward_loss)."""
 
 
-def make_target(patches: Tensor, kind: Target) -> Tensor:
-    """Return (B, M, P*P*C): the patches themselves, or each normalised by its own mean and *unbiased* variance."""
-    if kind == "pixel":
-        return patches
-    variance = patches.var(dim=-1, keepdim=True, unbiased=True)
-    return (patches - patches.mean(dim=-1, keepdim=True)) / (variance + EPS).sqrt()
+def target_of(patches: Tensor, target: str) -> Tensor:
+    """Return the target (B, M, P*P*C) of patches (B, M, P*P*C), in float32 or wider.
 
-
-def reconstruction_loss(pred: Tensor, patches: Tensor, kind: Target) -> Tensor:
-    """Return the mean squared error over the given patches, a scalar, in float32 also under autocast.
-
-    Given the removed patches only, it is the paper's loss: every image removes the same number, so the mean over
-    patches equals sum(mask * error) / sum(mask).
+    "norm_pixel" is ``(patch - mean) / sqrt(var + 1e-6)`` over all values of a patch, with the *unbiased* variance
+    (paper section 3 "Reconstruction target"; official forward_loss uses torch.var's default).
     """
-    wide = patches if patches.dtype.itemsize > 4 else patches.float()
-    return F.mse_loss(pred.to(wide.dtype), make_target(wide, kind))
+    patches = widen(patches)
+    if target == "pixel":
+        return patches
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (..., 1) that "norm_pixel" normalises a patch (..., P*P*C) with."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + EPS).sqrt()
+
+
+def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of masked patches (B, M, P*P*C), a scalar in float32 or wider.
+
+    The mean over masked patches of the mean over values: the official ``(loss * mask).sum() / mask.sum()`` over the
+    batch, as every row has the same number of masked patches.
+    """
+    return (widen(pred) - target).square().mean(-1).mean()
+
+
+def widen(values: Tensor) -> Tensor:
+    """Return at least float32: a mean of squares over half a million values is no task for bfloat16."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

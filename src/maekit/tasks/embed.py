@@ -47,7 +47,11 @@ def embed(settings: Embed | dict[str, Any]) -> Result:
 def _file(settings: Embed) -> Path:
     if settings.out is None or settings.out.suffix not in (".parquet", ".npy"):
         raise MaekitError(
-            "E-USAGE-OUT", "setting out", found=settings.out or "nothing", expected="FILE.parquet or FILE.npy", hint="--out features.parquet"
+            "E-USAGE-OUT",
+            "setting out",
+            found=settings.out or "nothing",
+            expected="FILE.parquet or FILE.npy",
+            hint="--out features.parquet",
         )
     if settings.pool == "tokens" and settings.out.suffix != ".npy":
         raise MaekitError("E-USAGE-OUT", "setting out", found=settings.out, expected="FILE.npy for --pool tokens")
@@ -67,6 +71,14 @@ def _write(out: Path, source: Source, features: Features) -> None:
         labels = [None if label < 0 else label for label in features.labels.tolist()]
         names = [None if label is None or source.classes is None else source.classes[label] for label in labels]
         values = pa.FixedSizeListArray.from_arrays(pa.array(features.values.numpy().ravel()), features.values.shape[1])
-        table = pa.table({"id": list(range(len(ids))), "path": ids, "label": pa.array(labels, pa.int64()), "label_name": pa.array(names, pa.string()), "embedding": values})
+        table = pa.table(
+            {
+                "id": list(range(len(ids))),
+                "path": ids,
+                "label": pa.array(labels, pa.int64()),
+                "label_name": pa.array(names, pa.string()),
+                "embedding": values,
+            }
+        )
         pq.write_table(table, temporary)
     temporary.replace(out)

@@ -46,7 +46,7 @@ def labelled_splits(settings: Any) -> tuple[Source, Source]:
     """
     if settings.data is None:
         raise MaekitError("E-USAGE-DATA", "no labelled images named", hint="--data FOLDER, or --data builtin:fashion")
-    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+    columns: dict[str, Any] = {"image_column": settings.image_column, "label_column": settings.label_column}
     train = open_source(settings.data, "train-or-all" if settings.val_data else "train", **columns)
     if train.labels is None:
         raise MaekitError(
@@ -56,21 +56,30 @@ def labelled_splits(settings: Any) -> tuple[Source, Source]:
             expected="class folders, a list with labels or a parquet label column",
             hint="maekit data PATH",
         )
-    val = open_source(settings.val_data or settings.data, "val-or-all" if settings.val_data else "val", classes=train.classes, **columns)
+    val = open_source(
+        settings.val_data or settings.data,
+        "val-or-all" if settings.val_data else "val",
+        classes=train.classes,
+        **columns,
+    )
     return train.subset(label_subset(train, settings.labels, settings.label_seed)), val
 
 
 def load_encoder(settings: Any, world: World) -> MaskedAutoencoder:
     """Load the model a verb was pointed at, in eval mode on the device; ``--random-init``: fresh weights."""
     if settings.run is None:
-        raise MaekitError("E-USAGE-RUN", "no weights named", hint="a run folder or a .safetensors file as first argument")
+        raise MaekitError(
+            "E-USAGE-RUN", "no weights named", hint="a run folder or a .safetensors file as first argument"
+        )
     random_init = getattr(settings, "random_init", False)
     seed_all(settings.seed)
     return load_model(settings.run, random_init=random_init).to(world.device).eval()
 
 
 @torch.no_grad()
-def extract(model: MaskedAutoencoder, source: Source, world: World, *, pool: str, workers: int | str, title: str) -> Features:
+def extract(
+    model: MaskedAutoencoder, source: Source, world: World, *, pool: str, workers: int | str, title: str
+) -> Features:
     """Run the whole encoder over every image once, as evaluation sees it.
 
     Args:

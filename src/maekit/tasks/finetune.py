@@ -1,7 +1,6 @@
 """Train encoder and head on labelled images, from pre-trained or random weights under one recipe."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from maekit.data.loader import Batch, Loader
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model, metadata
+from maekit.model.encoder import num_heads
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
-from maekit.tasks.run_folder import Resolved, Run, finish, open_run, stopped, typed
+from maekit.tasks.run_folder import Run, finish, open_run, stopped, typed
 from maekit.tasks.training import (
     Statistics,
     channels_of,
@@ -136,7 +136,9 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
         MaekitError: E-USAGE-RUN without a start, E-CONFIG-SIZE for another image size than the weights'.
     """
     if settings.run is None and not settings.from_scratch:
-        raise MaekitError("E-USAGE-RUN", "nothing to start from", hint="a run folder as first argument, or --from-scratch")
+        raise MaekitError(
+            "E-USAGE-RUN", "nothing to start from", hint="a run folder as first argument, or --from-scratch"
+        )
     if settings.run is None:
         model = create_model(
             settings.model,
@@ -166,13 +168,17 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
         "patch_size": model.patch,
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "num_heads": encoder.blocks[0].attn.num_heads,
+        "num_heads": num_heads(encoder),
     }
     for name, value in has.items():
         asked = getattr(settings, name)
         if asked not in (Finetune.model_fields[name].default, value):
             raise MaekitError(
-                "E-CONFIG-RUN", f"setting {name}", found=asked, expected=f"{value}, as in {settings.run}", hint=f"no --{name.replace('_', '-')}"
+                "E-CONFIG-RUN",
+                f"setting {name}",
+                found=asked,
+                expected=f"{value}, as in {settings.run}",
+                hint=f"no --{name.replace('_', '-')}",
             )
 
 
@@ -188,7 +194,9 @@ def supervised_step(settings: Finetune, num_classes: int, device: torch.device) 
         num_classes=num_classes,
     )
     mixes = settings.mixup > 0 or settings.cutmix > 0
-    erase = RandomErasing(settings.random_erasing, mode="pixel", device=str(device)) if settings.random_erasing else None
+    erase = (
+        RandomErasing(settings.random_erasing, mode="pixel", device=str(device)) if settings.random_erasing else None
+    )
 
     def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch["images"], batch["labels"]

@@ -37,4 +37,7 @@ def knn(settings: Knn | dict[str, Any]) -> Result:
         "train_images": len(train),
         "val_images": len(val),
     }
-    return Result(metrics, f"kNN top-1 {top1:.4f} ({what}; k {settings.k}; {len(train)} labels, scored on {val.name}, {len(val)} images)")
+    return Result(
+        metrics,
+        f"kNN top-1 {top1:.4f} ({what}; k {settings.k}; {len(train)} labels, scored on {val.name}, {len(val)} images)",
+    )

@@ -169,5 +169,7 @@ def _statistics(settings: Pretrain, channels: int) -> tuple[tuple[float, ...], t
     if settings.stats == "dataset":
         return None
     if channels != 3:
-        raise MaekitError("E-CONFIG-STATS", "setting stats", found=f"imagenet for {channels} channels", hint="--stats dataset")
+        raise MaekitError(
+            "E-CONFIG-STATS", "setting stats", found=f"imagenet for {channels} channels", hint="--stats dataset"
+        )
     return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

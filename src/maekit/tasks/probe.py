@@ -53,7 +53,10 @@ def probe(settings: Probe | dict[str, Any]) -> Result:
     metrics |= {"train_images": len(train), "val_images": len(val)}
     if settings.out is not None:
         write_json(settings.out / "result.json", metrics)
-    return Result(metrics, f"linear probe top-1 {top1:.4f} (logistic, C {strength:g}; {len(train)} labels, {len(val)} held-out images)")
+    return Result(
+        metrics,
+        f"linear probe top-1 {top1:.4f} (logistic, C {strength:g}; {len(train)} labels, {len(val)} held-out images)",
+    )
 
 
 def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, float]:
@@ -112,7 +115,8 @@ def _lars(settings: Probe, model: MaskedAutoencoder, train: Source, val: Source,
     )
     resolved = prepare(
         run, settings, loop, train, here,
-        num_patches=model.num_patches, channels=len(model.mean), statistics=(model.mean, model.std), classes=train.classes,
+        num_patches=model.num_patches, channels=len(model.mean), statistics=(model.mean, model.std),
+        classes=train.classes,
     )  # fmt: skip
     seed_all(settings.seed)
     probed = Probed(model, len(train.classes or []), settings.pool).to(here.device).train()
@@ -142,7 +146,9 @@ def _lars(settings: Probe, model: MaskedAutoencoder, train: Source, val: Source,
         return {"loss": F.cross_entropy(module(batch["images"]), batch["labels"])}
 
     optimizer = lars(probed.head, lr=plan.schedule.peak)
-    evaluate = scorer(val, model.img_size, model.mean, model.std, here, workers=settings.workers, precision=resolved.precision)
+    evaluate = scorer(
+        val, model.img_size, model.mean, model.std, here, workers=settings.workers, precision=resolved.precision
+    )
     outcome = fit(probed, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
     metrics = {"run": str(run.path), "steps": outcome.step, "loss": outcome.loss, "state_sha256": outcome.state_sha256}
     metrics |= {"top1": outcome.scores.get("val/top1"), "protocol": "lars"}

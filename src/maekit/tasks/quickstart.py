@@ -71,10 +71,14 @@ def quickstart(settings: Quickstart | dict[str, Any]) -> Result:
     settings = typed(Quickstart, settings)
     began = time.monotonic()
     data = settings.data or "builtin:fashion"
-    out = settings.out or Path("runs") / ("quickstart" if data == "builtin:fashion" else f"quickstart-{Path(data).stem}")
+    out = settings.out or Path("runs") / (
+        "quickstart" if data == "builtin:fashion" else f"quickstart-{Path(data).stem}"
+    )
     device = resolve_device(settings.device)
-    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-    train, held = (open_source(data, part, **columns) for part in ("train", "val"))
+    train, held = (
+        open_source(data, part, image_column=settings.image_column, label_column=settings.label_column)
+        for part in ("train", "val")
+    )
     recipe = _recipe(settings, data, train, out / "pretrain", device)
     log.info("1/4 pre-training on %d unlabelled images; %d held out", len(train), len(held))
     done = pretrain(recipe, dataset=train)
@@ -112,15 +116,21 @@ def _recipe(settings: Quickstart, data: str, train: Source, run: Path, device: t
         return resolve(Pretrain, file=run / "config.yaml")[0]
     given = {"data": data, "out": run, "device": settings.device, "seed": settings.seed}
     given |= {"image_column": settings.image_column, "label_column": settings.label_column}
-    if data == "builtin:fashion" and settings.minutes == Quickstart.model_fields["minutes"].default and settings.img_size is None:
-        recipe = pretrain_fashion().model_copy(update=given | {"workers": 1 if settings.workers == "auto" else settings.workers})
+    if (
+        data == "builtin:fashion"
+        and settings.minutes == Quickstart.model_fields["minutes"].default
+        and settings.img_size is None
+    ):
+        recipe = pretrain_fashion().model_copy(
+            update=given | {"workers": 1 if settings.workers == "auto" else settings.workers}
+        )
         why = "builtin/pretrain-fashion"
     else:
         recipe, why = _choose(settings, train, device)
         recipe = recipe.model_copy(update=given)
     log.info(
-        "recipe: %s. Images %d x %d, patches of %s, encoder %s wide with %s blocks, decoder %d x %d, %s, mask ratio %g, "
-        "batch %d, %g epochs",
+        "recipe: %s. Images %d x %d, patches of %s, encoder %s wide with %s blocks, decoder %d x %d, %s, "
+        "mask ratio %g, batch %d, %g epochs",
         why, *recipe.img_size, recipe.patch_size, recipe.embed_dim, recipe.depth, recipe.decoder_dim,
         recipe.decoder_depth, recipe.target, recipe.mask_ratio, recipe.batch_size, recipe.epochs,
     )  # fmt: skip
@@ -135,10 +145,22 @@ def _choose(settings: Quickstart, train: Source, device: torch.device) -> tuple[
     """
     sizes = survey(train, channels=settings.channels, limit=200).sizes
     if not sizes:
-        raise MaekitError("E-DATA-BAD", f"{train.name}", found="no readable image among the first", hint="maekit data PATH")
+        raise MaekitError(
+            "E-DATA-BAD", f"{train.name}", found="no readable image among the first", hint="maekit data PATH"
+        )
     side = sorted(min(size) for size in sizes.elements())[sum(sizes.values()) // 2]
     rich = device.type != "cpu" or settings.minutes >= 120
-    shown = settings.img_size or ((28, 28) if side < 32 else (32, 32) if side < 64 else (64, 64) if side < 96 else (224, 224) if rich and side >= 160 else (96, 96))
+    shown = settings.img_size or (
+        (28, 28)
+        if side < 32
+        else (32, 32)
+        if side < 64
+        else (64, 64)
+        if side < 96
+        else (224, 224)
+        if rich and side >= 160
+        else (96, 96)
+    )
     patch = next((p for p in (shown[0] // 8, shown[0] // 7, 16, 8, 4, 2, 1) if p and all(s % p == 0 for s in shown)), 1)
     width, depth = (192, 6) if rich else (96, 4)
     small = max(shown) < 64
@@ -158,7 +180,9 @@ def _choose(settings: Quickstart, train: Source, device: torch.device) -> tuple[
         batch_size=max(8, min(128, len(train) // 8)),
         base_lr=2e-3,
         crop_scale=(0.5, 1.0),
-        workers=settings.workers if settings.workers != "auto" else max(1, number_of_workers("auto", len(train), shown)),
+        workers=settings.workers
+        if settings.workers != "auto"
+        else max(1, number_of_workers("auto", len(train), shown)),
     )
     rate = _images_per_second(base, device)
     epochs = max(1.0, min(800.0, 0.5 * settings.minutes * 60 * rate / len(train)))
@@ -176,8 +200,9 @@ def _images_per_second(recipe: Pretrain, device: torch.device) -> float:
         decoder_depth=recipe.decoder_depth, decoder_heads=recipe.decoder_heads,
     ).to(device)  # fmt: skip
     images = torch.randn(recipe.batch_size, recipe.channels or 3, *recipe.img_size, device=device)
+    began = 0.0
     for step in range(6):
-        if step == 2:
+        if step == 2:  # the first ones allocate
             began = time.monotonic()
         loss = model.loss(images, mask_ratio=recipe.mask_ratio)
         loss.backward()
@@ -194,7 +219,12 @@ def _features(model: MaskedAutoencoder, part: Source, here: World, settings: Qui
 
 
 def _measure(
-    settings: Quickstart, recipe: Pretrain, model: MaskedAutoencoder, parts: list[Source], ours: list[Features], here: World
+    settings: Quickstart,
+    recipe: Pretrain,
+    model: MaskedAutoencoder,
+    parts: list[Source],
+    ours: list[Features],
+    here: World,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return kNN and probe accuracy of the encoder, a random one and raw pixels."""
     log.info("3/4 kNN and linear probe of the encoder, a random encoder and raw pixels")
@@ -218,7 +248,7 @@ def _measure(
 def _few_labels(
     settings: Quickstart, data: str, train: Source, held: Source, out: Path, device: torch.device
 ) -> dict[str, list[float]] | Result:
-    """Fine-tune with few labels a class: three seeds (weights, order, and which labels), two arms alike but for the start."""
+    """Fine-tune with few labels a class: two arms alike but for the start; a seed sets weights, order and labels."""
     fewest = min(train.labels.count(label) for label in set(train.labels or [])) if train.labels else 0
     spec = f"{min(LABELS_PER_CLASS, fewest)}/class"
     scored = _evenly(held, MOST_HELD)
@@ -226,7 +256,13 @@ def _few_labels(
     for seed in SEEDS:
         labelled = train.subset(label_subset(train, spec, seed))
         recipe = finetune_fashion()
-        update: dict[str, Any] = {"data": data, "run": out / "pretrain", "labels": spec, "label_seed": seed, "seed": seed}
+        update: dict[str, Any] = {
+            "data": data,
+            "run": out / "pretrain",
+            "labels": spec,
+            "label_seed": seed,
+            "seed": seed,
+        }
         update |= {"device": settings.device, "workers": 0}
         update |= dict.fromkeys(("model", "patch_size", "embed_dim", "depth", "num_heads", "channels", "img_size"))
         update |= {"model": Finetune.model_fields["model"].default}
@@ -279,30 +315,47 @@ def _report(
             ["For held-out images (left), the training images whose features are most alike (cosine)."],
             figures=[Figure(neighbours, "a held-out image and its five nearest training images")],
         ),
-        Section("Training curves", figures=[Figure(curves(read_metrics(out / "pretrain" / "metrics.jsonl")), "loss and learning rate")]),
+        Section(
+            "Training curves",
+            figures=[Figure(curves(read_metrics(out / "pretrain" / "metrics.jsonl")), "loss and learning rate")],
+        ),
         _what_ran(data, recipe, model, train, held, seconds),
         Section("What next", commands=_next(out, data, measures is not None)),
     ]
     report = out / "report.html"
-    intro = f"A masked autoencoder was pre-trained on {len(train):,} unlabelled images of {data} and looked at on {len(held):,} held-out ones."
+    intro = (
+        f"A masked autoencoder was pre-trained on {len(train):,} unlabelled images of {data} and looked at on "
+        f"{len(held):,} held-out ones."
+    )
     write_report(report, title="maekit quickstart", intro=intro, sections=sections)
     return report
 
 
 def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Section]:
     if measures is None:
-        return [Section("What the encoder learned", ["These images have no labels, so there is nothing to score: look at reconstructions and neighbours."])]
+        return [
+            Section(
+                "What the encoder learned",
+                ["These images have no labels, so there is nothing to score: look at reconstructions and neighbours."],
+            )
+        ]
     arms = measures.few_labels
     mae, scratch = arms["from MAE"], arms["from scratch"]
-    gain, spread = statistics.mean(mae) - statistics.mean(scratch), max(statistics.stdev(mae), statistics.stdev(scratch))
+    gain, spread = (
+        statistics.mean(mae) - statistics.mean(scratch),
+        max(statistics.stdev(mae), statistics.stdev(scratch)),
+    )
     verdict = "by more than" if gain > spread else "which is within"
     text = [
-        f"Fine-tuned with few labels, the pre-trained encoder reaches {_spread(mae)}, random weights {_spread(scratch)} (mean "
-        f"and standard deviation of {len(mae)} seeds): a difference of {gain:+.3f}, {verdict} the spread of the seeds."
+        f"Fine-tuned with few labels, the pre-trained encoder reaches {_spread(mae)}, random weights "
+        f"{_spread(scratch)} (mean and standard deviation of {len(mae)} seeds): a difference of {gain:+.3f}, {verdict} the spread of the seeds."
     ]
     best = max(measures.knn, key=lambda name: measures.knn[name])
     if best != "MAE encoder":
-        text.append(f"Under kNN {best} are strong here ({measures.knn[best]:.3f}): centred pictures of one size lie near their like pixel by pixel.")
+        text.append(
+            f"Under kNN {best} are strong here ({measures.knn[best]:.3f}): centred pictures of one size lie near their "
+            "like pixel by pixel."
+        )
     rows = [[name, f"{measures.knn[name]:.3f}", f"{measures.probe[name]:.3f}"] for name in measures.knn]
     seeds = [[name, *(f"{v:.3f}" for v in values), _spread(values)] for name, values in arms.items()]
     return [
@@ -311,8 +364,17 @@ def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Sect
             text,
             figures=[Figure(bars({"few labels": arms}), "fine-tuning with few labels; dots are seeds")],
             tables=[
-                Table(["fine-tuned with few labels", *(f"seed {s}" for s in SEEDS), "mean ± sd"], seeds, "Same recipe, budget, labels and seeds; score of the last epoch."),
-                Table(["frozen features", "kNN", "linear probe"], rows, f"{bank:,} labelled training images, {queries:,} held-out ones; kNN with k 20, cosine, temperature .07.", [0]),
+                Table(
+                    ["fine-tuned with few labels", *(f"seed {s}" for s in SEEDS), "mean ± sd"],
+                    seeds,
+                    "Same recipe, budget, labels and seeds; score of the last epoch.",
+                ),
+                Table(
+                    ["frozen features", "kNN", "linear probe"],
+                    rows,
+                    f"{bank:,} labelled training images, {queries:,} held-out ones; kNN: k 20, cosine, temperature .07.",
+                    [0],
+                ),
             ],
         )
     ]
@@ -331,7 +393,9 @@ def _neighbours(parts: list[Source], ours: list[Features], model: MaskedAutoenco
     return reconstruction_grid(rows, ["held out", *(f"nearest {i + 1}" for i in range(len(rows[0]) - 1))])
 
 
-def _what_ran(data: str, recipe: Pretrain, model: MaskedAutoencoder, train: Source, held: Source, seconds: float) -> Section:
+def _what_ran(
+    data: str, recipe: Pretrain, model: MaskedAutoencoder, train: Source, held: Source, seconds: float
+) -> Section:
     facts = {
         "data": data,
         "images": f"{len(train):,} for pre-training, {len(held):,} held out",
@@ -339,7 +403,8 @@ def _what_ran(data: str, recipe: Pretrain, model: MaskedAutoencoder, train: Sour
         "seed": recipe.seed,
         "time": clock(seconds),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {next(model.parameters()).device}",
-        "versions": f"maekit {__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
+        "versions": f"maekit {__version__}, torch {torch.__version__}, timm {timm.__version__}, "
+        f"Python {platform.python_version()}",
     }
     return Section("What was run", facts=facts, details={"settings of the pre-training": dump_yaml(recipe)})
 
@@ -351,5 +416,12 @@ def _next(out: Path, data: str, labelled: bool) -> list[str]:
         f"maekit embed {run} --data {data} --out {out / 'features.parquet'}",
     ]
     if labelled:
-        commands.append(f"maekit finetune {run} --data {data} --recipe builtin/finetune-fashion --labels 1% --out {out / 'finetune-1-percent'}")
-    return [*commands, "maekit pretrain --data YOUR_IMAGES --recipe small/pretrain-32 --out runs/mine", "maekit quickstart --data YOUR_IMAGES --minutes 30"]
+        commands.append(
+            f"maekit finetune {run} --data {data} --labels 1% --epochs 50 --batch-size 64 --layer-decay 0.75 "
+            f"--out {out / 'finetune-1-percent'}"
+        )
+    return [
+        *commands,
+        "maekit pretrain --data YOUR_IMAGES --recipe small/pretrain-32 --out runs/mine",
+        "maekit quickstart --data YOUR_IMAGES --minutes 30",
+    ]

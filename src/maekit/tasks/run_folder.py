@@ -53,9 +53,7 @@ class Run:
 
 def typed(kind: type[S], config: S | dict[str, Any]) -> S:
     """Return `config` as settings of `kind`; a dictionary is checked like a file."""
-    if isinstance(config, kind):
-        return config
-    return resolve(kind, flags=config)[0]
+    return resolve(kind, flags=config)[0] if isinstance(config, dict) else config
 
 
 def open_run(path: Path, verb: str, settings: Settings) -> Run:
@@ -72,7 +70,11 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
         return _reopen(path, verb, settings, file)
     if path.exists() and any(path.iterdir()):
         raise MaekitError(
-            "E-CONFIG-OUT", f"--out {path}", found="files that are no run's", expected="a run folder or an empty one", hint="another --out"
+            "E-CONFIG-OUT",
+            f"--out {path}",
+            found="files that are no run's",
+            expected="a run folder or an empty one",
+            hint="another --out",
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,9 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise MaekitError("E-ENV-OUT", f"--out {path}", found=error.strerror or error, expected="a writable folder") from error
+        raise MaekitError(
+            "E-ENV-OUT", f"--out {path}", found=error.strerror or error, expected="a writable folder"
+        ) from error
     return Run(path, verb, None, None)
 
 
@@ -88,7 +92,11 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
     header = load_yaml(file)
     if header.get("verb") != verb:
         raise MaekitError(
-            "E-CONFIG-RUN", f"--out {path}", found=f"a run of {header.get('verb')}", expected=f"a run of {verb}", hint="another --out"
+            "E-CONFIG-RUN",
+            f"--out {path}",
+            found=f"a run of {header.get('verb')}",
+            expected=f"a run of {verb}",
+            hint="another --out",
         )
     stored, now = resolve(type(settings), file=file)[0].model_dump(), settings.model_dump()
     changed = [

@@ -83,7 +83,9 @@ def prepare(
         classes=classes,
     )
     if len(source) < loop.batch_size:
-        log.warning("%d images are fewer than a batch of %d: every epoch is one short batch", len(source), loop.batch_size)
+        log.warning(
+            "%d images are fewer than a batch of %d: every epoch is one short batch", len(source), loop.batch_size
+        )
     world.barrier()  # all have looked into the folder before one writes
     if world.is_main:
         describe(run, settings, resolved)
@@ -97,7 +99,12 @@ def micro_batch(settings: Loop, batch: int, processes: int, num_patches: int) ->
         MaekitError: E-CONFIG-BATCH if the batch is smaller than the number of processes or not divisible.
     """
     if batch < processes:
-        raise MaekitError("E-CONFIG-BATCH", "setting batch_size", found=batch, expected=f"at least one image for each of {processes} processes")
+        raise MaekitError(
+            "E-CONFIG-BATCH",
+            "setting batch_size",
+            found=batch,
+            expected=f"at least one image for each of {processes} processes",
+        )
     mine = math.ceil(batch / processes)
     if settings.micro_batch == "auto":
         passes = math.ceil(mine / max(1, PATCHES_PER_PASS // num_patches))
@@ -125,7 +132,9 @@ def channels_of(source: Source, wanted: int | None) -> int:
         with contextlib.suppress(MaekitError):
             data = source.read(index)
             return len(data if isinstance(data, Tensor) else read_image(data, name=source.ids[index]))
-    raise MaekitError("E-DATA-BAD", f"{source.name}", found="no readable image among the first", hint="maekit data PATH")
+    raise MaekitError(
+        "E-DATA-BAD", f"{source.name}", found="no readable image among the first", hint="maekit data PATH"
+    )
 
 
 def default_out(verb: str, data: str | None) -> Path:
@@ -134,10 +143,18 @@ def default_out(verb: str, data: str | None) -> Path:
     return Path("runs") / f"{verb}-{name}"
 
 
-def say_what_runs(verb: str, model: torch.nn.Module, source: Source, steps: int, world: World, resolved: Resolved) -> None:
+def say_what_runs(
+    verb: str, model: torch.nn.Module, source: Source, steps: int, world: World, resolved: Resolved
+) -> None:
     """Log one line before the first step."""
     millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     log.info(
         "%s: %.2f M trainable parameters, %d images, %d steps, %s on %d x %s",
-        verb, millions, len(source), steps, resolved.precision, world.size, world.device,
+        verb,
+        millions,
+        len(source),
+        steps,
+        resolved.precision,
+        world.size,
+        world.device,
     )

@@ -105,7 +105,11 @@ def load(path: Path) -> Checkpoint:
         raise _damaged(path / MANIFEST, "not a readable manifest") from error
     if not isinstance(written, int) or written > FORMAT:
         raise MaekitError(
-            "E-CKPT-FORMAT", f"checkpoint {path}", found=f"format {written}", expected=f"at most {FORMAT}", hint="a newer maekit"
+            "E-CKPT-FORMAT",
+            f"checkpoint {path}",
+            found=f"format {written}",
+            expected=f"at most {FORMAT}",
+            hint="a newer maekit",
         )
     contents = {name: _read(path, name, files[name]) for name in files}
     if "state.json" not in contents or "model.safetensors" not in contents:
@@ -188,7 +192,9 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
     found = f"{error.strerror or error} ({needed / 1e6:,.0f} MB needed{free})"
     if remains is None:
         return MaekitError("E-ENV-DISK", what, found=found, hint="free some space; nothing had been saved yet")
-    return MaekitError("E-STOP-DISK", what, found=found, hint=f"free some space, then the same command goes on from {remains.name}")
+    return MaekitError(
+        "E-STOP-DISK", what, found=found, hint=f"free some space, then the same command goes on from {remains.name}"
+    )
 
 
 def _valid(folder: Path) -> list[Path]:

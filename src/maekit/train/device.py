@@ -78,7 +78,9 @@ def resolve_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdecimal())):
         raise MaekitError("E-CONFIG-DEVICE", "setting device", found=name, expected="auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise MaekitError("E-ENV-DEVICE", "setting device", found=f"{name}, but no CUDA GPU is usable", hint="--device cpu")
+        raise MaekitError(
+            "E-ENV-DEVICE", "setting device", found=f"{name}, but no CUDA GPU is usable", hint="--device cpu"
+        )
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         have = torch.cuda.device_count()
         raise MaekitError("E-ENV-DEVICE", "setting device", found=name, expected=f"cuda:0 to cuda:{have - 1}")
@@ -101,9 +103,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
             return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         return "bf16" if device.type == "cpu" and _cpu_does_bf16() else "fp32"
     if name == "fp16" and device.type != "cuda":
-        raise MaekitError("E-ENV-PRECISION", "setting precision", found=f"fp16 on {device.type}", hint="--precision auto")
+        raise MaekitError(
+            "E-ENV-PRECISION", "setting precision", found=f"fp16 on {device.type}", hint="--precision auto"
+        )
     if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise MaekitError("E-ENV-PRECISION", "setting precision", found="bf16 on a GPU without it", hint="--precision fp16")
+        raise MaekitError(
+            "E-ENV-PRECISION", "setting precision", found="bf16 on a GPU without it", hint="--precision fp16"
+        )
     if name == "bf16" and device.type == "cpu" and not _cpu_does_bf16():
         log.warning("bf16 on this CPU (no AMX, no AVX512-BF16) is 5 to 14 times slower than fp32")
     return name

@@ -7,7 +7,8 @@ Groups are plain dictionaries as torch takes them, with "lr_scale" beside: the l
 from typing import Any
 
 import torch
-from timm.optim import Lars, param_groups_layer_decay
+from timm.optim._param_groups import param_groups_layer_decay
+from timm.optim.lars import Lars
 from torch import nn
 
 Groups = list[dict[str, Any]]
@@ -55,8 +56,10 @@ def lars(head: nn.Module, *, lr: float) -> torch.optim.Optimizer:
     """
     weights = [p for p in head.parameters() if p.requires_grad and p.ndim > 1]
     biases = [p for p in head.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [
+    groups: Groups = [
         {"params": weights, "always_adapt": True, "lr_scale": 1.0},
         {"params": biases, "always_adapt": False, "lr_scale": 1.0},
     ]
-    return Lars(groups, lr=lr, momentum=0.9, weight_decay=0.0, trust_coeff=0.001)
+    for group in groups:  # timm's signature takes only whole numbers for these two
+        group |= {"momentum": 0.9, "weight_decay": 0.0}
+    return Lars(groups, lr=lr, trust_coeff=0.001)

@@ -65,6 +65,10 @@ def schedule(settings: Loop, steps_per_epoch: int, global_batch: int) -> Schedul
     peak = settings.lr if settings.lr is not None else (settings.base_lr or 0) * global_batch / 256
     if settings.min_lr > peak:
         raise MaekitError(
-            "E-CONFIG-LR", "setting min_lr", found=settings.min_lr, expected=f"at most the peak {peak:.3g}", hint="--min-lr 0"
+            "E-CONFIG-LR",
+            "setting min_lr",
+            found=settings.min_lr,
+            expected=f"at most the peak {peak:.3g}",
+            hint="--min-lr 0",
         )
     return Schedule(total, warmup, peak, settings.min_lr, steps_per_epoch)
