@@ -363,7 +363,8 @@ examples:
   maekit recipes paper/finetune"""
 
 CONFIG_HELP = """usage: maekit config show RUN
-       maekit config show --verb VERB [--recipe NAME] [--config FILE] [--setting VALUE ...]
+       maekit config show --verb VERB [--recipe NAME] [--config FILE]
+                          [--setting VALUE ...]
 
 Show the settings of a run, or those that a command line would have, as YAML with
 the source of each value. The output is a config file.

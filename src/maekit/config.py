@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from yaml.constructor import ConstructorError
 from yaml.error import MarkedYAMLError
 
+from maekit import __version__
 from maekit.errors import MaekitError, clean
 from maekit.recipes import find
 from maekit.settings import FORMAT, Settings
@@ -298,8 +299,6 @@ def dump_yaml(settings: Settings, extra: Mapping[str, object] | None = None) -> 
 
     `load_yaml` and `resolve` read it back to equal settings.
     """
-    from maekit import __version__
-
     header: dict[str, object] = {"format": FORMAT, "verb": _verb(type(settings)), "maekit": __version__}
     values = header | settings.model_dump(mode="json") | ({"resolved": dict(extra)} if extra else {})
     return "".join(_dump_line(name, value) for name, value in values.items())

@@ -1,170 +1,345 @@
-"""Our own weights: safetensors files that say in their header which model they belong to. Never pickle.
+"""maekit's own weights: one safetensors file that says by itself what it holds.
 
-The header key "maekit" holds JSON: format, kind and the keyword arguments of `create_model`. A file is checked by key,
-shape and dtype before a number is copied, and must be finite. kinds: "mae" (encoder and decoder), "encoder" (timm's
-own key names, so timm loads the file as it is), "classifier" (fine-tuned, for resuming its run only).
+The header's metadata carries, under "maekit", a JSON object with format number, kind ("mae", "encoder" or
+"classifier") and the model's ``spec``. A file is read in this order, so that a wrong or hostile one costs nothing:
+metadata checked against a schema, the architecture built without memory, names, shapes, types and digest compared,
+values checked for NaN, and only then a model is allocated and filled. Nothing is unpickled, ever.
 """
 
+import errno
 import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from maekit.errors import MaekitError
+from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.settings import FORMAT
 from maekit.train import checkpoint
 
 log = logging.getLogger("maekit")
 
+Tensors = dict[str, Tensor]
+Kind = Literal["mae", "encoder", "classifier"]
+SUPPORTED = "a run folder, a checkpoint folder or a .safetensors file written by maekit"
+Count = Annotated[int, Field(ge=1, le=65536)]
+Depth = Annotated[int, Field(ge=1, le=1024)]
+"""Upper limits of every size in a file: far above any model, far below what would hang the check."""
+MOST_PARAMETERS = 10**9
+"""Of a decoder that a file asks for without holding it."""
 
-def metadata(model: MaskedAutoencoder, kind: str = "mae", **more: Any) -> dict[str, str]:
-    """Return the header of a file with these weights."""
-    return {"maekit": json.dumps({"format": FORMAT, "kind": kind, "spec": model.spec, **more}, sort_keys=True)}
+
+class Spec(BaseModel):
+    """Arguments of `create_model` as they stand in a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(max_length=200)]
+    img_size: tuple[Count, Count]
+    patch_size: Count | None
+    in_chans: Count
+    embed_dim: Count | None
+    depth: Depth | None
+    num_heads: Count | None
+    drop_path: float
+    decoder_dim: Count
+    decoder_depth: Depth
+    decoder_heads: Count
+    target: str
+    mean: list[float]
+    std: list[float]
+
+
+class Header(BaseModel):
+    """What a file says about itself."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    kind: Kind
+    spec: Spec
+    sha256: str | None = None
+    classes: list[str] | None = None
+    pool: Literal["mean", "cls"] | None = None
+
+
+class Weights(NamedTuple):
+    """A file in memory: where it was, what it says, what it holds."""
+
+    path: Path
+    header: Header
+    tensors: Tensors
+
+
+class Classifier(NamedTuple):
+    """A fine-tuned model with what it needs to be used.
+
+    Attributes:
+        model: timm's, with head, in eval mode.
+        classes: names in the order of the outputs; empty if they had none.
+        spec: of the autoencoder it came from: geometry, mean and std of the images.
+    """
+
+    model: VisionTransformer
+    classes: list[str]
+    spec: dict[str, Any]
+
+
+def metadata(
+    model: MaskedAutoencoder, *, classes: Sequence[str] | None = None, pool: str | None = None
+) -> dict[str, str]:
+    """Return the safetensors metadata that makes weights load by themselves.
+
+    Args:
+        model: whose ``spec`` is written.
+        classes: of a classifier on the model's encoder; with `pool` it marks the file as a classifier's.
+        pool: "mean" | "cls" of that classifier.
+    """
+    if pool is None:
+        return _metadata(model, "mae")
+    return _metadata(model, "classifier", classes=None if classes is None else list(classes), pool=pool)
 
 
 def save_model(model: MaskedAutoencoder, path: str | Path) -> None:
-    """Write encoder and decoder so that `load_model` needs nothing else. The file is whole or absent."""
-    _write(Path(path), model.state_dict(), metadata(model))
+    """Write encoder, decoder and ``spec`` into one safetensors file, in float32, whole or not at all.
+
+    Raises:
+        MaekitError: E-ENV-DISK if the disk is full, E-ENV-OUT if the place cannot be written.
+    """
+    _save(model, model.state_dict(), "mae", Path(path))
 
 
 def save_encoder(model: MaskedAutoencoder, path: str | Path) -> None:
-    """Write the encoder alone, with timm's names: ``timm.create_model(NAME, checkpoint_path=FILE)`` loads it."""
-    _write(Path(path), model.encoder.state_dict(), metadata(model, "encoder"))
+    """Write the encoder alone under timm's names: ``timm.create_model(name, ..., checkpoint_path=path)`` reads it.
+
+    Raises:
+        MaekitError: as `save_model`.
+    """
+    _save(model, model.encoder.state_dict(), "encoder", Path(path))
 
 
 def load_model(path: str | Path, *, random_init: bool = False) -> MaskedAutoencoder:
-    """Load a model from a run folder, a checkpoint folder or a .safetensors file that maekit wrote.
-
-    Of a run folder the newest checkpoint that verifies is taken. A file with the encoder only gives a model whose
-    decoder is random, and a line that says so.
+    """Load a masked autoencoder on the CPU, in eval mode.
 
     Args:
-        path: where the weights are.
-        random_init: build the same model with fresh weights instead (for comparison).
+        path: a run folder (its newest checkpoint that verifies), one checkpoint's folder, or a file of `save_model` or
+            `save_encoder`; of the latter the decoder is drawn anew.
+        random_init: take the architecture only; all weights are drawn anew.
 
     Raises:
-        MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (no weights of maekit, or of a newer one), E-CKPT-DAMAGED,
-            E-CKPT-MODEL (keys or shapes do not fit), E-CKPT-NUMBERS (not finite).
+        MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (not maekit's, or a newer one's), E-CKPT-DAMAGED, E-CKPT-KIND (a
+            classifier), E-CKPT-KEYS, E-CKPT-SHAPE, E-CKPT-NAN; the message names file and tensor.
     """
-    path = Path(path)
-    file = _weights_file(path)
-    about = _about(file)
-    model = create_model(**about["spec"])
+    weights = _read(Path(path))
+    if weights.header.kind == "classifier":
+        raise MaekitError(
+            "E-CKPT-KIND",
+            f"{weights.path}",
+            found="a fine-tuned classifier",
+            expected="a masked autoencoder or its encoder",
+            hint="the run that it was fine-tuned from, or load_classifier of maekit.interchange.weights",
+        )
+    spec, only_encoder = weights.header.spec.model_dump(), weights.header.kind == "encoder"
+
+    def build() -> nn.Module:
+        model = create_model(**spec)
+        if only_encoder:
+            _limit(model.decoder)
+        return model.encoder if only_encoder else model
+
+    _check(weights, build)
+    model = create_model(**spec).eval()
     if random_init:
         return model
-    module = model if about["kind"] == "mae" else model.encoder
-    if module is not model:
-        log.warning("%s holds the encoder only: the decoder is random", file)
-    tensors = _read(file)
-    _fit(tensors, module.state_dict(), file)
-    module.load_state_dict(tensors)
+    if only_encoder:
+        log.info("%s holds the encoder only: the decoder is drawn anew", weights.path)
+    (model.encoder if only_encoder else model).load_state_dict(weights.tensors)
     return model
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if (path / "checkpoints").is_dir():
-        found = checkpoint.newest(path / "checkpoints")
-        if found is not None:
-            return found.path / "model.safetensors"
-    elif (path / checkpoint.MANIFEST).is_file():
-        return checkpoint.load(path).path / "model.safetensors"
-    raise MaekitError(
-        "E-CKPT-MISSING",
-        f"weights {path}",
-        found="nothing there" if not path.exists() else "a folder without a checkpoint",
-        expected="a run folder, a checkpoint folder or a .safetensors file of maekit",
-    )
+def load_classifier(path: str | Path) -> Classifier:
+    """Load what ``maekit finetune`` made, on the CPU.
 
+    Args:
+        path: the run folder, one checkpoint's folder or its model.safetensors.
 
-def _about(file: Path) -> dict[str, Any]:
-    """Read and check a file's header."""
-    try:
-        with safetensors.safe_open(str(file), "pt") as opened:
-            header = (opened.metadata() or {}).get("maekit")
-    except (safetensors.SafetensorError, OSError, UnicodeError) as error:
-        raise _foreign(file, "no readable safetensors") from error
-    if header is None:
-        raise _foreign(file, "safetensors without maekit's header")
-    try:
-        about = json.loads(header)
-        written, kind, spec = about["format"], about["kind"], dict(about["spec"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise MaekitError("E-CKPT-DAMAGED", f"weights {file}", found="a header that cannot be read") from error
-    if not isinstance(written, int) or written > FORMAT:
+    Raises:
+        MaekitError: as `load_model`; E-CKPT-KIND for weights without a head.
+    """
+    weights = _read(Path(path))
+    header, head = weights.header, weights.tensors.get("head.bias")
+    if header.kind != "classifier" or header.pool is None or head is None:
         raise MaekitError(
-            "E-CKPT-FORMAT",
-            f"weights {file}",
-            found=f"format {written}",
-            expected=f"at most {FORMAT}",
-            hint="a newer maekit",
+            "E-CKPT-KIND", f"{weights.path}", found=f"kind {header.kind}", expected="a fine-tuned classifier"
         )
-    if kind not in ("mae", "encoder"):
-        raise MaekitError(
-            "E-CKPT-FORMAT",
-            f"weights {file}",
-            found=f"weights of a {kind}",
-            expected="of a masked autoencoder or its encoder",
-        )
-    if unknown := spec.keys() - create_model.__annotations__.keys():
-        raise MaekitError("E-CKPT-DAMAGED", f"weights {file}", found=f"unknown model settings {sorted(unknown)}")
-    return about
+    spec, pool, num_classes = header.spec.model_dump(), header.pool, head.numel()
+
+    def build() -> VisionTransformer:
+        with torch.device("meta"):  # the decoder is not in the file, and not needed
+            origin = create_model(**spec)
+        return classifier(origin, num_classes, pool=pool, pretrained=False)
+
+    _check(weights, build)
+    model = build().eval()
+    model.load_state_dict(weights.tensors)
+    return Classifier(model, header.classes or [], spec)
 
 
-def _foreign(file: Path, found: str) -> MaekitError:
-    return MaekitError(
-        "E-CKPT-FORMAT",
-        f"weights {file}",
-        found=found,
-        expected="a run folder, a checkpoint folder or a .safetensors file of maekit",
-    )
+def _metadata(model: MaskedAutoencoder, kind: Kind, **more: Any) -> dict[str, str]:
+    return {"maekit": json.dumps({"format": FORMAT, "kind": kind, "spec": model.spec, **more})}
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise MaekitError("E-CKPT-DAMAGED", f"weights {file}", found=error) from error
-
-
-def _fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path) -> None:
-    """Compare keys, shapes and dtypes before anything is copied, and refuse numbers that are not finite."""
-    faults = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
-    for name in sorted(found.keys() & expected.keys()):
-        have, want = found[name], expected[name]
-        if have.shape != want.shape or have.dtype != want.dtype:
-            faults.append(f"{name} is {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}")
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise MaekitError(
-            "E-CKPT-MODEL", f"weights {file}", found="; ".join(faults[:3]) + more, expected="the model its header names"
-        )
-    if bad := [name for name, value in found.items() if not torch.isfinite(value).all()]:
-        raise MaekitError(
-            "E-CKPT-NUMBERS", f"weights {file}", found=f"NaN or infinity in {bad[0]}", expected="finite numbers"
-        )
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+def _save(model: MaskedAutoencoder, state: Tensors, kind: Kind, path: Path) -> None:
+    # torch.compile wraps a module under this name.
+    tensors = {
+        name.removeprefix("_orig_mod."): value.detach().float().cpu().contiguous() for name, value in state.items()
+    }
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, header)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
-            file.write(data)
+            file.write(safetensors.torch.save(tensors, _metadata(model, kind, sha256=_digest(tensors))))
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except OSError as error:
+        code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
+        raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise MaekitError("E-ENV-DISK", f"cannot write {path}", found=error.strerror or error) from error
+
+
+def _digest(tensors: Tensors) -> str:
+    return checkpoint.state_sha256({"model": tensors}, {})
+
+
+def _read(path: Path) -> Weights:
+    """Find the file, read its header and tensors; nothing in them is believed yet but the digest."""
+    if not path.exists():
+        raise MaekitError("E-CKPT-MISSING", f"no weights at {path}", expected=SUPPORTED)
+    if path.is_dir():
+        found = _checkpoint(path)
+        file = found.path / "model.safetensors"
+        return Weights(file, _header(file, _open(file, False)[0]), found.tensors["model"])
+    raw, tensors = _open(path, True)
+    weights = Weights(path, _header(path, raw), tensors)
+    if weights.header.sha256 not in (None, _digest(tensors)):
+        raise MaekitError(
+            "E-CKPT-DAMAGED",
+            f"{path}",
+            found="other values than were written (SHA-256)",
+            hint="another copy of the file",
+        )
+    return weights
+
+
+def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
+    """Read the checkpoint in a folder, or the newest that verifies of a run.
+
+    Not `checkpoint.newest`, which tidies up: the run may be in the middle of a save in another process.
+    """
+    if (folder / checkpoint.MANIFEST).exists():
+        return checkpoint.load(folder)
+    steps = [p for p in folder.glob("checkpoints/step-*") if p.name.removeprefix("step-").isdecimal()]
+    for path in sorted(steps, key=lambda p: int(p.name.removeprefix("step-")), reverse=True):
+        try:
+            found = checkpoint.load(path)
+        except MaekitError as error:
+            if error.code == "E-CKPT-FORMAT":
+                raise
+            log.warning("checkpoint passed over: %s", error)
+        else:
+            log.info("weights of step %d from %s", found.step, path)
+            return found
+    raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=SUPPORTED)
+
+
+def _open(path: Path, with_tensors: bool) -> tuple[dict[str, str], Tensors]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
+            return file.metadata() or {}, tensors
+    except (SafetensorError, OSError, ValueError) as error:
+        found = f"no whole safetensors file ({error})"
+        raise MaekitError("E-CKPT-FORMAT", f"cannot read {path}", found=found, expected=SUPPORTED) from error
+
+
+def _header(path: Path, raw: dict[str, str]) -> Header:
+    if "maekit" not in raw:
+        raise MaekitError(
+            "E-CKPT-FORMAT", f"{path}", found="a safetensors file without maekit's metadata", expected=SUPPORTED
+        )
+    try:
+        version = json.loads(raw["maekit"])["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise MaekitError(
+                "E-CKPT-FORMAT",
+                f"{path}",
+                found=f"format {version}",
+                expected=f"at most {FORMAT}",
+                hint="a newer maekit",
+            )
+        return Header.model_validate_json(raw["maekit"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise MaekitError("E-CKPT-FORMAT", f"{path}", found=found, expected="metadata written by maekit") from error
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise MaekitError(
+            "E-CKPT-FORMAT", f"{path}", found="metadata that cannot be read", expected="metadata written by maekit"
+        ) from error
+
+
+def _check(weights: Weights, build: Callable[[], nn.Module]) -> None:
+    """Compare a file with the architecture it names before any memory is spent on that."""
+    path, tensors = weights.path, weights.tensors
+    try:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except MaekitError as error:
+        raise MaekitError("E-CKPT-FORMAT", f"{path} names a model that cannot be built", found=error.args[0]) from error
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        found = "; ".join(
+            f"{word} {_some(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names
+        )
+        raise MaekitError(
+            "E-CKPT-KEYS", f"tensors of {path}", found=found, expected="exactly those of the model it names"
+        )
+    for name, value in tensors.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape or value.dtype != wanted.dtype:
+            raise MaekitError(
+                "E-CKPT-SHAPE",
+                f"tensor {name} of {path}",
+                found=f"{tuple(value.shape)} {value.dtype}",
+                expected=f"{tuple(wanted.shape)} {wanted.dtype}",
+            )
+    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise MaekitError(
+            "E-CKPT-NAN", f"tensors of {path}", found=f"NaN or infinity in {_some(bad)}", expected="finite numbers"
+        )
+
+
+def _limit(decoder: nn.Module) -> None:
+    """Refuse to draw a decoder anew whose size only a few words in a file ask for."""
+    if (found := sum(p.numel() for p in decoder.parameters())) > MOST_PARAMETERS:
+        raise MaekitError(
+            "E-CKPT-FORMAT", "decoder", found=f"{found} parameters", expected=f"at most {MOST_PARAMETERS}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

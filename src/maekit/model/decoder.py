@@ -66,7 +66,9 @@ class Decoder(nn.Module):
             latent: (B, prefix + K, D).
             ids_keep: (B, K) the place of each kept patch.
         """
-        prefix, kept = self.embed(latent).split([self.num_prefix, ids_keep.shape[1]], dim=1)
+        # Under autocast the projection is bfloat16; the sum of blocks starts in the precision of the weights.
+        tokens = self.embed(latent).to(self.pos_embed.dtype)
+        prefix, kept = tokens.split([self.num_prefix, ids_keep.shape[1]], dim=1)
         tokens = torch.cat([prefix, self.place(kept, ids_keep)], dim=1)
         return self.blocks(tokens + self.pos_embed)[:, self.num_prefix :]
 
@@ -76,7 +78,7 @@ class Decoder(nn.Module):
         One scatter in place of the paper's append and unshuffle; the same values and gradients.
         """
         num_patches = self.pos_embed.shape[1] - self.num_prefix
-        everywhere = self.mask_token.to(kept.dtype).expand(len(kept), num_patches, -1)
+        everywhere = self.mask_token.expand(len(kept), num_patches, -1)
         return everywhere.scatter(1, ids_keep[:, :, None].expand_as(kept), kept)
 
     def predict(self, tokens: Tensor) -> Tensor:

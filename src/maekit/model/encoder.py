@@ -67,8 +67,12 @@ def create_encoder(
         MaekitError: E-CONFIG-MODEL, -SIZE, -PATCH, -CHANNELS, -WIDTH, -DEPTH, -HEADS, -DROP-PATH.
     """
     known = geometry(name)
-    _check_sizes(img_size, patch_size or known.patch, in_chans, drop_path)
-    check_block("encoder", embed_dim or known.width, 1 if depth is None else depth, num_heads or known.heads)
+    patch, width, heads = (
+        own if given is None else given
+        for given, own in ((patch_size, known.patch), (embed_dim, known.width), (num_heads, known.heads))
+    )
+    _check_sizes(img_size, patch, in_chans, drop_path)
+    check_block("encoder", width, 1 if depth is None else depth, heads)
     encoder = timm.create_model(
         name,
         pretrained=False,
@@ -128,7 +132,7 @@ def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
     assert encoder.pos_embed is not None
     num_rows = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     positions = encoder.pos_embed[0]
-    tokens = embed_patches(encoder, patches) + positions[num_rows:][ids]
+    tokens = embed_patches(encoder, patches) + F.embedding(ids, positions[num_rows:])
     prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     if prefix:
         first = torch.cat(prefix, dim=1)
@@ -279,6 +283,6 @@ def _refused(name: str, reason: str) -> MaekitError:
         "E-CONFIG-MODEL",
         "setting model",
         found=f"{name}, which has {reason}",
-        expected="a plain timm VisionTransformer: square patches, absolute positions, fixed size (others would leak masked pixels)",
+        expected="a plain timm VisionTransformer (others would leak masked pixels, or know no fixed places)",
         hint="vit_small_patch16_224 or vit_base_patch16_224",
     )

@@ -41,10 +41,11 @@ def classifier(
     check_pool(model.encoder, pool)
     if num_classes < 1:
         raise MaekitError("E-CONFIG-CLASSES", "number of classes", found=num_classes, expected="at least 1")
-    fresh = create_encoder(**encoder_spec(model.spec) | {"drop_path": drop_path}, num_classes=num_classes, pool=pool)
+    geometry: dict[str, Any] = {**encoder_spec(model.spec), "drop_path": drop_path}
+    fresh = create_encoder(**geometry, num_classes=num_classes, pool=pool)
     if pretrained:
         _take_over(fresh, model.encoder.state_dict())
-    assert fresh.pos_embed is not None
+    assert fresh.pos_embed is not None and isinstance(fresh.head, nn.Linear)
     fresh.pos_embed.requires_grad_(True)
     nn.init.trunc_normal_(fresh.head.weight, std=2e-5)
     nn.init.zeros_(fresh.head.bias)

@@ -14,7 +14,7 @@ from maekit.data.loader import Batch, Loader
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model, metadata
-from maekit.model.encoder import num_heads
+from maekit.model.encoder import geometry
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.seeds import seed_all
@@ -95,7 +95,7 @@ def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
     loop = settings.model_copy(update={"precision": resolved.precision})
-    plan = Plan(timing, loop, settings.seed, _metadata(origin, settings, train), eval_every=every)
+    plan = Plan(timing, loop, settings.seed, metadata(origin, classes=train.classes, pool=settings.pool), eval_every=every)
     say_what_runs("finetune", model, train, timing.total, here, resolved)
 
     step = supervised_step(settings, num_classes, here.device)
@@ -168,7 +168,7 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
         "patch_size": model.patch,
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "num_heads": num_heads(encoder),
+        "num_heads": model.spec["num_heads"] or geometry(model.spec["name"]).heads,
     }
     for name, value in has.items():
         asked = getattr(settings, name)
@@ -246,7 +246,3 @@ def scorer(
         yield "val/loss", float(here.gather(torch.cat(lost)).double().mean())
 
     return evaluate
-
-
-def _metadata(origin: MaskedAutoencoder, settings: Finetune, train: Source) -> dict[str, str]:
-    return metadata(origin, "classifier", classes=train.classes, pool=settings.pool)

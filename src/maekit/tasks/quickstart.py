@@ -347,8 +347,9 @@ def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Sect
     )
     verdict = "by more than" if gain > spread else "which is within"
     text = [
-        f"Fine-tuned with few labels, the pre-trained encoder reaches {_spread(mae)}, random weights "
-        f"{_spread(scratch)} (mean and standard deviation of {len(mae)} seeds): a difference of {gain:+.3f}, {verdict} the spread of the seeds."
+        f"Fine-tuned with few labels, the pre-trained encoder reaches {_spread(mae)}, random weights {_spread(scratch)} "
+        f"(mean and standard deviation of {len(mae)} seeds): a difference of {gain:+.3f}, {verdict} the spread of the "
+        "seeds."
     ]
     best = max(measures.knn, key=lambda name: measures.knn[name])
     if best != "MAE encoder":
@@ -372,7 +373,7 @@ def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Sect
                 Table(
                     ["frozen features", "kNN", "linear probe"],
                     rows,
-                    f"{bank:,} labelled training images, {queries:,} held-out ones; kNN: k 20, cosine, temperature .07.",
+                    f"{bank:,} labelled training images, {queries:,} held-out ones; kNN: k 20, temperature .07.",
                     [0],
                 ),
             ],

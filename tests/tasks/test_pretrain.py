@@ -1,0 +1,384 @@
+"""Pre-training from end to end: the command, its run folder, and that nothing which may differ changes a bit."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import maekit as package
+from maekit.errors import MaekitError
+from maekit.interchange.weights import load_model
+from maekit.train import checkpoint
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def whole(flat: Path, tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One unbroken run through the Python API."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert package.pretrain({**tiny, "data": str(flat), "out": run}).exit_code == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def result(whole: Path) -> dict[str, Any]:
+    return json.loads((whole / "result.json").read_text())
+
+
+@pytest.fixture
+def words(flat: Path, tiny: dict[str, Any], tmp_path: Path, flags: Run) -> list[str]:
+    """The command of that run, into a folder of its own."""
+    return ["pretrain", *flags({**tiny, "data": flat, "out": tmp_path / "run"}), "--json"]
+
+
+def test_the_command_that_outside_checks_use(fresh: Run, classes: Path, tmp_path: Path) -> None:
+    command = [
+        "pretrain", "--data", classes, "--recipe", "builtin/pretrain-fashion", "--out", tmp_path / "run", "--steps", 4,
+        "--batch-size", 16, "--workers", 0, "--save-every", 2, "--seed", 1, "--device", "cpu", "--json",
+    ]  # fmt: skip
+    done = fresh(*command)
+    assert done.returncode == 0 and "Warning" not in done.stderr and "Traceback" not in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"run", "steps", "loss", "images_per_second", "state_sha256"} <= found.keys()
+    assert found["steps"] == 4 and found["run"] == str(tmp_path / "run") and len(found["state_sha256"]) == 64
+    assert 0 < found["loss"] < 100 and found["images_per_second"] > 0
+
+
+def test_a_run_folder_explains_itself(whole: Path, result: dict[str, Any], flat: Path) -> None:
+    config = yaml.safe_load((whole / "config.yaml").read_text())
+    assert config["format"] == 1 and config["verb"] == "pretrain" and config["data"] == str(flat)
+    resolved = config["resolved"]
+    assert resolved["precision"] in ("fp32", "bf16") and resolved["micro_batch"] == 8 and resolved["images"] == 40
+    assert len(resolved["mean"]) == len(resolved["std"]) == 1 and 0 < resolved["mean"][0] < 1
+    steps = [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 6, 9, 12]
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-12", "step-8"]
+    assert {path.name for path in (whole / "reconstructions").glob("*.png")} >= {"reconstructions.png"}
+    for picture in (whole / "reconstructions").glob("*.png"):
+        Image.open(picture).verify()
+    page = (whole / "report.html").read_text()
+    assert page.lstrip().startswith("<!") and 'src="http' not in page
+    assert any((whole / "events").iterdir()) and (whole / "encoder.safetensors").stat().st_size > 1000
+    assert not [path for path in whole.rglob(".tmp*")]
+    saved = checkpoint.load(whole / "checkpoints" / "step-12")
+    assert checkpoint.state_sha256(saved.tensors, {k: saved.state[k] for k in saved.state}) == result["state_sha256"]
+
+
+def test_the_command_and_the_function_give_the_same_bits(maekit: Run, words: list[str], result: dict[str, Any]) -> None:
+    done = maekit(*words)
+    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"] and done.json["loss"] == result["loss"]
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_the_number_of_workers_changes_no_bit(
+    maekit: Run, words: list[str], result: dict[str, Any], workers: int
+) -> None:
+    done = maekit(*words, "--workers", workers)
+    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"]
+    assert "Warning" not in done.stderr
+
+
+def test_stopping_and_going_on_gives_the_same_bits_and_lines(
+    maekit: Run, words: list[str], result: dict[str, Any], whole: Path, tmp_path: Path, records: Run
+) -> None:
+    for at in (1, 5, 8, 11):
+        stopped = maekit(*words, "--stop-at", at)
+        assert stopped.code == 75 and stopped.json["steps"] == at and "Traceback" not in stopped.stderr
+    done = maekit(*words)
+    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"] and done.json["loss"] == result["loss"]
+    assert records(tmp_path / "run") == records(whole)
+    assert "going on" in done.stderr
+
+
+@pytest.mark.slow
+def test_stopping_at_every_step_gives_the_same_bits_and_lines(
+    flat: Path, tiny: dict[str, Any], result: dict[str, Any], whole: Path, tmp_path: Path, records: Run
+) -> None:
+    for at in range(1, 12):
+        settings = {**tiny, "data": str(flat), "out": tmp_path / str(at)}
+        assert package.pretrain({**settings, "stop_at": at}).exit_code == 75
+        assert package.pretrain(settings).metrics["state_sha256"] == result["state_sha256"]
+        assert records(tmp_path / str(at)) == records(whole)
+
+
+def test_a_finished_run_does_nothing_and_says_the_same(
+    flat: Path, tiny: dict[str, Any], whole: Path, result: dict[str, Any]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    again = package.pretrain({**tiny, "data": str(flat), "out": whole})
+    assert again.exit_code == 0 and again.metrics == result
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_save_interval_and_micro_batch_change_nothing_but_rounding(
+    flat: Path, tiny: dict[str, Any], result: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**tiny, "data": str(flat)}
+    rarely = package.pretrain({**settings, "out": tmp_path / "rarely", "save_every": 100, "keep": 1})
+    assert rarely.metrics["state_sha256"] == result["state_sha256"]
+    parts = package.pretrain({**settings, "out": tmp_path / "parts", "micro_batch": 2})
+    assert parts.metrics["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"), [("mask_ratio", 0.5), ("seed", 4), ("batch_size", 4), ("steps", 13), ("base_lr", 0.02)]
+)
+def test_another_run_in_the_same_folder_is_refused(
+    flat: Path, tiny: dict[str, Any], whole: Path, changed: str, value: Any
+) -> None:
+    with pytest.raises(MaekitError, match=f"{changed} .* -> {value}") as caught:
+        package.pretrain({**tiny, "data": str(flat), "out": whole, changed: value})
+    assert caught.value.code == "E-CONFIG-RUN" and caught.value.exit_code == 2
+
+
+def test_other_images_are_refused_when_a_run_goes_on(tiny: dict[str, Any], flat: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in sorted(flat.iterdir())[:20]:
+        (data / file.name).write_bytes(file.read_bytes())
+    settings = {**tiny, "data": str(data), "out": tmp_path / "run"}
+    assert package.pretrain({**settings, "stop_at": 2}).exit_code == 75
+    (data / "more.png").write_bytes((flat / "30.png").read_bytes())
+    with pytest.raises(MaekitError, match=r"found 21 images, expected the same 20") as caught:
+        package.pretrain(settings)
+    assert caught.value.code == "E-DATA-CHANGED"
+
+
+def test_a_folder_with_foreign_files_is_left_alone(tiny: dict[str, Any], flat: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(MaekitError) as caught:
+        package.pretrain({**tiny, "data": str(flat), "out": tmp_path})
+    assert caught.value.code == "E-CONFIG-OUT" and [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_kill_left_before_the_first_step_is_no_foreign_file(
+    tiny: dict[str, Any], flat: Path, tmp_path: Path, result: dict[str, Any]
+) -> None:
+    for name in (".tmp-write", ".tmp-config.yaml"):
+        (tmp_path / name).write_text("half of")
+    done = package.pretrain({**tiny, "data": str(flat), "out": tmp_path})
+    assert done.metrics["state_sha256"] == result["state_sha256"]
+
+
+def until_done(background: Run, words: list[str], run: Path, moments: random.Random, kills: int) -> Any:
+    """Kill the command again and again at random moments, then let it finish."""
+    for _ in range(kills):
+        command = background(*words)
+        time.sleep(moments.uniform(0, 1.2))
+        command.send(signal.SIGKILL)
+        command.wait()
+        if (run / "result.json").exists():
+            break
+    return background(*words).wait()
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+def test_kills_at_random_moments_change_no_bit(
+    background: Run, words: list[str], result: dict[str, Any], whole: Path, tmp_path: Path, records: Run, seed: int
+) -> None:
+    done = until_done(background, [*words, "--save-every", "1"], tmp_path / "run", random.Random(seed), 4)
+    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"], done.stderr
+    assert records(tmp_path / "run") == records(whole)
+    assert not list((tmp_path / "run").rglob(".tmp*")) and (tmp_path / "run/report.html").exists()
+
+
+def group_is_gone(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("kind", "delay"),
+    [
+        (signal.SIGTERM, 0.0),
+        (signal.SIGINT, 0.3),
+        *(pytest.param(kind, i / 5, marks=pytest.mark.slow) for kind in (signal.SIGTERM, signal.SIGINT) for i in range(8)),
+    ],
+)
+def test_a_signal_to_the_group_saves_and_the_same_command_goes_on(
+    background: Run, until: Run, words: list[str], tmp_path: Path, kind: signal.Signals, delay: float
+) -> None:
+    words = [*words, "--workers", "2", "--steps", "400", "--save-every", "1"]
+    command = background(*words)
+    until(lambda: any((tmp_path / "run/checkpoints").glob("step-*")))
+    time.sleep(delay)
+    command.send(kind)
+    command.wait()
+    assert command.code == 75, command.stderr
+    assert "Traceback" not in command.stderr and kind.name in command.stderr
+    until(lambda: group_is_gone(command.pid))  # no worker is left
+    step = command.json["steps"]
+    saved = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert saved is not None and saved.step == step
+    straight = background(*words, "--out", tmp_path / "straight", "--workers", "0", "--stop-at", step + 5).wait()
+    done = background(*words, "--stop-at", step + 5).wait()
+    assert done.code == 75 and done.json["state_sha256"] == straight.json["state_sha256"]
+
+
+def test_workers_end_when_the_main_process_is_killed(
+    background: Run, until: Run, words: list[str], tmp_path: Path
+) -> None:
+    command = background(*words, "--workers", "2", "--steps", "100000")
+    until(lambda: any((tmp_path / "run/checkpoints").glob("step-*")))
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait()
+    until(lambda: group_is_gone(command.pid))
+
+
+def test_two_processes_see_the_same_samples(maekit: Run, words: list[str], result: dict[str, Any], tmp_path: Path) -> None:
+    done = maekit(*words, "--nproc", "2")
+    assert done.code == 0, done.stderr
+    assert done.json["loss"] == pytest.approx(result["loss"], rel=1e-4) and "Traceback" not in done.stderr
+    assert maekit(*words, "--nproc", "2").json == done.json
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_processes_saves_and_the_same_command_goes_on(
+    background: Run, until: Run, words: list[str], tmp_path: Path
+) -> None:
+    words = [*words, "--nproc", "2", "--steps", "2000", "--save-every", "1"]
+    command = background(*words)
+    until(lambda: any((tmp_path / "run/checkpoints").glob("step-*")))
+    command.send(signal.SIGTERM)
+    command.wait()
+    assert command.code == 75 and "Traceback" not in command.stderr, command.stderr
+    step = command.json["steps"]
+    done = background(*words, "--stop-at", step + 3).wait()
+    assert done.code == 75 and done.json["steps"] == step + 3
+
+
+def test_the_exit_code_of_one_of_two_processes_is_that_of_the_command(maekit: Run, words: list[str]) -> None:
+    done = maekit(*words, "--nproc", "2", "--stop-at", "3")
+    assert done.code == 75 and done.json["steps"] == 3, done.stderr
+    done = maekit(*words, "--nproc", "2", "--mask-ratio", "0.5")
+    assert done.code == 2 and "E-CONFIG-RUN" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
+    maekit: Run, words: list[str], result: dict[str, Any], tmp_path: Path, whole: Path, records: Run
+) -> None:
+    """The limit stands for a full disk: from step 4 on the optimizer's state no longer fits."""
+    assert maekit(*words, "--stop-at", "4").code == 75
+    saved = tmp_path / "run/checkpoints/step-4"
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    full = maekit(*words, file_size=(saved / "model.safetensors").stat().st_size - 1)
+    assert full.code == 75 and "error[E-STOP-DISK]" in full.stderr and "Traceback" not in full.stderr, full.stderr
+    assert "step-4" in full.stderr and {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-4"]
+    assert checkpoint.load(saved).step == 4
+    done = maekit(*words)
+    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"]
+    assert records(tmp_path / "run") == records(whole)
+
+
+def test_a_full_disk_before_the_first_checkpoint_is_said(maekit: Run, words: list[str], tmp_path: Path) -> None:
+    full = maekit(*words, file_size=8000)
+    assert full.code == 5 and full.stderr.count("error[E-ENV-DISK]") == 1 and "Traceback" not in full.stderr
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_init_goes_on_from_weights_of_encoder_and_decoder(
+    whole: Path, flat: Path, tiny: dict[str, Any], tmp_path: Path, records: Run
+) -> None:
+    settings = {**tiny, "data": str(flat), "steps": 1, "log_every": 1, "seed": 9}
+    cold = package.pretrain({**settings, "out": tmp_path / "cold"}).metrics["loss"]
+    warm = package.pretrain({**settings, "out": tmp_path / "warm", "init": whole}).metrics["loss"]
+    assert warm < 0.9 * cold
+    start = package.pretrain({**settings, "out": tmp_path / "start", "init": whole, "lr": 1e-30, "base_lr": None})
+    assert start.exit_code == 0
+    old, new = load_model(whole).state_dict(), load_model(tmp_path / "start").state_dict()
+    assert old.keys() == new.keys() and all(torch.allclose(old[name], new[name]) for name in old)
+
+
+def test_init_of_another_shape_is_refused(whole: Path, flat: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(MaekitError) as caught:
+        package.pretrain({**tiny, "data": str(flat), "out": tmp_path / "run", "init": whole, "embed_dim": 32})
+    assert caught.value.code == "E-CKPT-MODEL" and not (tmp_path / "run").exists()
+
+
+def test_arrays_of_five_channels_that_are_not_square(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        np.save(tmp_path / f"data/{i}.npy", generator.normal(i, 2, (20, 30, 5)).astype(np.float32))
+    settings = {**tiny, "data": str(tmp_path / "data"), "img_size": [16, 28], "patch_size": 4, "channels": None}
+    done = package.pretrain({**settings, "out": tmp_path / "run", "steps": 3, "crop_scale": [0.5, 1]})
+    assert done.exit_code == 0 and 0 < float(str(done.metrics["loss"])) < 100
+    model = load_model(tmp_path / "run")
+    assert model.grid == (4, 7) and len(model.mean) == 5 and model.mean[0] == pytest.approx(5.5, abs=0.2)
+
+
+class Clothes:
+    """What a user might have: images and labels by index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(self.files[index]).convert("L"), index % 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_data_set_of_ones_own(tiny: dict[str, Any], flat: Path, tmp_path: Path, channels: int) -> None:
+    settings = {**tiny, "out": tmp_path / "run", "steps": 4, "channels": channels}
+    assert package.pretrain({**settings, "stop_at": 2}, dataset=Clothes(flat)).exit_code == 75
+    done = package.pretrain(settings, dataset=Clothes(flat))
+    assert done.exit_code == 0 and done.metrics["steps"] == 4
+
+
+def test_a_data_set_and_its_files_give_the_same_bits(
+    tiny: dict[str, Any], flat: Path, tmp_path: Path, result: dict[str, Any]
+) -> None:
+    done = package.pretrain({**tiny, "out": tmp_path / "run"}, dataset=Clothes(flat))
+    assert done.metrics["state_sha256"] == result["state_sha256"]
+
+
+def test_a_few_unreadable_images_are_skipped_and_listed_once(
+    tiny: dict[str, Any], flat: Path, tmp_path: Path, maekit: Run, flags: Run
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in flat.iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+    for name in ("07.png", "08.png"):
+        (data / name).write_bytes(b"<html>")
+    settings = {**tiny, "data": data, "steps": 20}
+    found = []
+    for workers in (0, 2):
+        run = tmp_path / str(workers)
+        assert maekit("pretrain", *flags({**settings, "out": run, "workers": workers, "stop_at": 11})).code == 75
+        done = maekit("pretrain", *flags({**settings, "out": run, "workers": workers}), "--json")
+        assert done.code == 0 and "skipped" in done.stderr
+        listed = [json.loads(line) for line in (run / "bad_files.jsonl").read_text().splitlines()]
+        assert sorted(entry["id"] for entry in listed) == ["07.png", "08.png"]
+        found.append(done.json["state_sha256"])
+    assert found[0] == found[1]
+
+
+def test_too_many_unreadable_images_stop_before_the_first_step(
+    tiny: dict[str, Any], flat: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, file in enumerate(sorted(flat.iterdir())):
+        (data / file.name).write_bytes(file.read_bytes() if number > 5 else b"")
+    with pytest.raises(MaekitError) as caught:
+        package.pretrain({**tiny, "data": str(data), "out": tmp_path / "run"})
+    assert caught.value.code == "E-DATA-BAD" and caught.value.exit_code == 3 and not (tmp_path / "run").exists()
