@@ -10,7 +10,9 @@ Sources: "T8", "T9" ... are tables of the paper (arXiv 2111.06377, appendix A), 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from maekit.errors import MaekitError
 
 FORMAT = 1
 """Format number written into config.yaml, weights and checkpoints; a higher one is refused."""
@@ -47,6 +49,21 @@ class Settings(BaseModel):
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
+    @model_validator(mode="before")
+    @classmethod
+    def _replace(cls, values: Any) -> Any:
+        """Let a given setting take the place of its rivals' defaults: ``Pretrain(steps=5)`` has no epochs."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for names in cls.one_of:
+            given = [name for name in names if values.get(name) is not None]
+            if len(given) > 1:
+                raise MaekitError("E-CONFIG-BOTH", f"settings {' and '.join(given)}", expected="one of them")
+            if given:
+                values |= dict.fromkeys(set(names) - set(given))
+        return values
+
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line takes without a flag, in order; a list takes all that is left."""
 
@@ -160,7 +177,7 @@ class Labels(Settings):
     labels: str | None = setting(None, "part of the training labels: 10/class, 1%, 100% or a count; default: all")
     label_seed: int = setting(0, "which images that part holds; the same for every arm compared", ge=0, lt=2**63)
     val_data: str | None = setting(
-        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 %% per class held out by a hash"
+        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 % per class held out by a hash"
     )
 
 

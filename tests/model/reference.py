@@ -55,12 +55,11 @@ def _encode(model: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, keep:
     assert encoder.pos_embed is not None
     tokens = encoder.patch_embed.proj(images).flatten(2).transpose(1, 2)
     tokens = encoder.patch_embed.norm(tokens)
-    placed = (
-        0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    )  # rows of the table that belong to prefix tokens
+    # rows of the table that belong to prefix tokens
+    placed = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     tokens = tokens + encoder.pos_embed[:, placed:]
     tokens = _rows(tokens, ids_shuffle)[:, :keep]
-    front = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    front: list[Tensor] = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     if front:
         prefix = torch.cat(front, dim=1)
         if placed:

@@ -6,6 +6,7 @@ metadata checked against a schema, the architecture built without memory, names,
 values checked for NaN, and only then a model is allocated and filled. Nothing is unpickled, ever.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -183,7 +184,7 @@ def load_classifier(path: str | Path) -> Classifier:
         raise MaekitError(
             "E-CKPT-KIND", f"{weights.path}", found=f"kind {header.kind}", expected="a fine-tuned classifier"
         )
-    spec, pool, num_classes = header.spec.model_dump(), header.pool, head.numel()
+    spec, pool, num_classes = header.spec.model_dump(mode="json"), header.pool, head.numel()
 
     def build() -> VisionTransformer:
         with torch.device("meta"):  # the decoder is not in the file, and not needed
@@ -217,7 +218,8 @@ def _save(model: MaskedAutoencoder, state: Tensors, kind: Kind, path: Path) -> N
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
         raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to delete either
+            temporary.unlink(missing_ok=True)
 
 
 def _digest(tensors: Tensors) -> str:
@@ -295,7 +297,9 @@ def _header(path: Path, raw: dict[str, str]) -> Header:
         first = error.errors()[0]
         found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise MaekitError("E-CKPT-FORMAT", f"{path}", found=found, expected="metadata written by maekit") from error
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+    except MaekitError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: also a number of 5000 digits
         raise MaekitError(
             "E-CKPT-FORMAT", f"{path}", found="metadata that cannot be read", expected="metadata written by maekit"
         ) from error

@@ -8,6 +8,7 @@ B batch, N patches, K kept patches, M masked ones, D encoder width, Dd decoder w
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
         super().__init__()
         check_block("decoder", dim, depth, num_heads)
         self.num_prefix = num_prefix
-        norm = partial(nn.LayerNorm, eps=1e-6)  # official models_mae.py; torch's default is 1e-5
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # official models_mae.py; torch's default is 1e-5
         self.embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, grid, num_prefix)[None], requires_grad=False)

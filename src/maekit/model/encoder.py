@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -108,11 +108,10 @@ def geometry(name: str) -> Geometry:
         model = timm.create_model(name, pretrained=False)
     if reason := _why_not(model):
         raise _refused(name, reason)
-    patch = model.patch_embed.patch_size[0]
-    heads = max(
-        (m.num_heads for m in model.blocks.modules() if isinstance(getattr(m, "num_heads", None), int)), default=1
-    )
-    return Geometry(patch, model.embed_dim, heads, model.has_class_token)
+    assert isinstance(model, VisionTransformer)
+    heads = next(part.num_heads for part in model.blocks.modules() if isinstance(getattr(part, "num_heads", None), int))
+    assert isinstance(heads, int)
+    return Geometry(model.patch_embed.patch_size[0], model.embed_dim, heads, model.has_class_token)
 
 
 def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
     num_rows = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     positions = encoder.pos_embed[0]
     tokens = embed_patches(encoder, patches) + F.embedding(ids, positions[num_rows:])
-    prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    prefix: list[Tensor] = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     if prefix:
         first = torch.cat(prefix, dim=1)
         first = first + positions[:num_rows] if num_rows else first

@@ -28,7 +28,7 @@ from maekit.train.loop import Plan, fit
 from maekit.train.optim import lars
 from maekit.train.schedule import schedule
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths among which a fifth of the training labels decides."""
 
 

@@ -1,0 +1,114 @@
+"""Views against torchvision's own transforms, which the official recipes use."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from maekit.data.augment import EvalView, FinetuneView, PretrainView, default_crop_pct, eval_view, random_crop
+from maekit.errors import MaekitError
+
+
+def photo(height: int, width: int, channels: int = 3) -> Tensor:
+    """Return something like a photograph: smooth shades, an edge and some grain."""
+    generator = np.random.default_rng(height * width)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127 + 90 * np.sin((c + 1) * x / 37) * np.cos(y / (23 + c)) + 30 * (x > y) for c in range(channels)]
+    grain = generator.normal(0, 6, (channels, height, width))
+    return torch.from_numpy((np.stack(waves) + grain).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("size", [(224, 224), (32, 48)])
+def test_the_random_crop_is_that_of_torchvision(size: tuple[int, int], seed: int) -> None:
+    """Oracle: the official recipe's RandomResizedCrop on tensors, under the same seed."""
+    image = photo(200 + 10 * seed, 260)
+    crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    torch.manual_seed(seed)
+    expected = crop(image)
+    torch.manual_seed(seed)
+    assert torch.equal(random_crop(image, size, (0.2, 1.0)), expected)
+
+
+def test_a_crop_of_scale_one_is_the_whole_image() -> None:
+    image = photo(28, 28)
+    assert torch.equal(random_crop(image, (28, 28), (1.0, 1.0)), image)
+    assert torch.equal(random_crop(photo(50, 40), (28, 28), (1.0, 1.0)), eval_view(photo(50, 40), (28, 28)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (480, 640), (256, 256), (300, 1001), (225, 224)])
+def test_evaluation_is_torchvisions_resize_to_256_and_centre_crop(height: int, width: int) -> None:
+    """Oracle: the official evaluation, pixel by pixel."""
+    image = photo(height, width)
+    official = transforms.Compose(
+        [transforms.Resize(256, InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(224)]
+    )
+    assert torch.equal(eval_view(image, (224, 224), 0.875), official(image))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 90), st.integers(4, 90), st.integers(4, 40), st.integers(4, 40), st.sampled_from([1.0, 0.875, 0.5]))
+def test_evaluation_always_gives_the_size_and_never_a_border(
+    height: int, width: int, rows: int, columns: int, crop_pct: float
+) -> None:
+    image = torch.full((2, height, width), 200, dtype=torch.uint8)
+    shown = eval_view(image, (rows, columns), crop_pct)
+    assert shown.shape == (2, rows, columns) and shown.dtype == torch.uint8 and bool((shown == 200).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 90), st.integers(4, 90), st.integers(4, 40), st.integers(4, 40), st.integers(0, 99))
+def test_random_crops_always_give_the_size(height: int, width: int, rows: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    image = torch.full((1, height, width), 0.5)
+    shown = random_crop(image, (rows, columns), (0.08, 1.0))
+    assert shown.shape == (1, rows, columns) and torch.allclose(shown, torch.tensor(0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "pct"), [(28, 1.0), (96, 1.0), (112, 0.875), (224, 0.875), (384, 1.0)])
+def test_the_part_that_is_scored_follows_the_size(side: int, pct: float) -> None:
+    assert default_crop_pct((side, side)) == pct
+
+
+def test_half_of_the_images_are_mirrored_and_none_when_switched_off() -> None:
+    image = torch.arange(8, dtype=torch.uint8).expand(1, 8, 8)
+    torch.manual_seed(0)
+    flips = sum(not torch.equal(PretrainView((8, 8), (1.0, 1.0))(image), image) for _ in range(400))
+    assert 160 < flips < 240
+    assert all(torch.equal(PretrainView((8, 8), (1.0, 1.0), flip=False)(image), image) for _ in range(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("view", [PretrainView((8, 12)), EvalView((8, 12), 0.875), FinetuneView((8, 12))])
+def test_views_keep_channels_and_type(view: PretrainView, dtype: torch.dtype) -> None:
+    shown = view(torch.zeros(5, 30, 20, dtype=dtype))
+    assert shown.shape == (5, 8, 12) and shown.dtype == dtype
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_randaugment_changes_pictures_of_one_and_three_channels(channels: int) -> None:
+    view = FinetuneView((32, 32), (1.0, 1.0), False, "rand-m9-mstd0.5-inc1", (120, 110, 100)[:channels])
+    image = photo(32, 32, channels)
+    torch.manual_seed(0)
+    shown = [view(image) for _ in range(60)]
+    assert all(one.shape == image.shape and one.dtype == torch.uint8 for one in shown)
+    assert sum(not torch.equal(one, image) for one in shown) > 30
+
+
+@pytest.mark.parametrize("text", ["rand-m9-zz1", "augmix", "rand-mx", "rand-nx-m9", "-", "rand-m", "m9", "rand-m9-w7"])
+def test_a_wrong_randaugment_string_is_refused_at_once(text: str) -> None:
+    with pytest.raises(MaekitError, match="--auto-augment none") as caught:
+        FinetuneView((32, 32), auto_augment=text)
+    assert caught.value.code == "E-CONFIG-AUGMENT"
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_randaugment_of_other_channels_is_refused_at_once(channels: int) -> None:
+    with pytest.raises(MaekitError, match=f"{channels} channels") as caught:
+        FinetuneView((32, 32), auto_augment="rand-m9", fill=(0,) * channels)
+    assert caught.value.code == "E-CONFIG-AUGMENT"
+    assert FinetuneView((32, 32), fill=(0,) * channels)(torch.zeros(channels, 9, 9)).shape == (channels, 32, 32)

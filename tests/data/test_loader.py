@@ -1,0 +1,258 @@
+"""Every sample is a function of (seed, epoch, index): nothing else may move a pixel or a mask."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maekit.data.augment import EvalView, PretrainView
+from maekit.data.loader import Batch, Loader, auto_workers
+from maekit.data.sources import DatasetSource, Source, open_source
+from maekit.errors import MaekitError
+
+COUNT, BATCH = 22, 8
+STEPS = 5
+"""Two epochs of two batches of 8 (6 of 22 images are dropped in each), and one more."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Labelled noise of different sizes, in two classes."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(COUNT):
+        pixels = generator.integers(0, 256, (12 + i % 5, 14, 3), dtype=np.uint8)
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / "ab"[i % 2] / f"{i:02d}.png")
+    return open_source(root)
+
+
+def loader(source: Any, **changes: Any) -> Loader:
+    settings: dict[str, Any] = {
+        "batch_size": BATCH, "micro_batch": BATCH, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "seed": 7, "num_noise": 9,
+    }  # fmt: skip
+    settings |= changes
+    return Loader(source, settings.pop("view", PretrainView((8, 8))), **settings)
+
+
+def whole(steps: Iterator[list[Batch]]) -> list[Batch]:
+    """Join the micro-batches of each step."""
+    return [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in steps]
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    return len(left) == len(right) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(source: Source) -> list[Batch]:
+    return whole(loader(source).steps(0, STEPS))
+
+
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_number_of_workers_changes_nothing(source: Source, plain: list[Batch], workers: int) -> None:
+    torch.manual_seed(workers)
+    random.seed(workers)
+    assert same(whole(loader(source, workers=workers).steps(0, STEPS)), plain)
+
+
+@pytest.mark.parametrize("start", range(1, STEPS))
+def test_a_later_start_gives_the_tail(source: Source, plain: list[Batch], start: int) -> None:
+    assert same(whole(loader(source).steps(start, STEPS)), plain[start:])
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_micro_batches_are_parts_of_the_same_batch(source: Source, plain: list[Batch], micro: int) -> None:
+    parts = list(loader(source, micro_batch=micro).steps(0, STEPS))
+    assert [len(part["ids"]) for part in parts[0]] == [min(micro, BATCH - i) for i in range(0, BATCH, micro)]
+    assert same(whole(iter(parts)), plain)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_same_global_batch(source: Source, plain: list[Batch], world: int) -> None:
+    ranks = [whole(loader(source, rank=rank, world=world, micro_batch=3).steps(0, STEPS)) for rank in range(world)]
+    joined = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)]
+    assert same(joined, plain)
+
+
+def test_samples_differ_by_seed_and_by_epoch(source: Source, plain: list[Batch]) -> None:
+    other = whole(loader(source, seed=8).steps(0, STEPS))
+    assert not torch.equal(other[0]["ids"], plain[0]["ids"])
+    by_key = {(epoch, i): batch["noise"][at] for epoch, batch in enumerate(plain[::2]) for at, i in enumerate(batch["ids"].tolist())}
+    assert len({tuple(noise.tolist()) for noise in by_key.values()}) == len(by_key)
+
+
+def test_noise_is_uniform_and_of_the_length_asked_for(plain: list[Batch]) -> None:
+    noise = torch.cat([batch["noise"] for batch in plain])
+    assert noise.shape == (STEPS * BATCH, 9) and 0 <= noise.min() and noise.max() < 1
+    assert noise.mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_an_epoch_is_a_permutation_whose_incomplete_batch_is_dropped(source: Source, plain: list[Batch]) -> None:
+    subject = loader(source)
+    assert subject.steps_per_epoch == 2
+    for epoch in range(3):
+        assert sorted(subject.order(epoch)) == list(range(COUNT))
+    assert subject.order(0) != subject.order(1)
+    seen = torch.cat([plain[0]["ids"], plain[1]["ids"]]).tolist()
+    assert len(set(seen)) == 2 * BATCH and seen == subject.order(0)[: 2 * BATCH]
+    assert plain[2]["ids"].tolist() == subject.order(1)[:BATCH]
+
+
+def test_a_set_smaller_than_a_batch_is_one_short_batch_an_epoch(source: Source) -> None:
+    subject = loader(source, batch_size=100, micro_batch=100)
+    assert subject.steps_per_epoch == 1 and subject.batch_size == COUNT
+    for batch in whole(subject.steps(0, 2)):
+        assert sorted(batch["ids"].tolist()) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_sweep_covers_each_sample_once(source: Source, world: int, workers: int) -> None:
+    view = EvalView((8, 8), 1.0)
+    parts = [
+        list(loader(source, view=view, rank=rank, world=world, micro_batch=4, workers=workers).sweep()) for rank in range(world)
+    ]
+    ids = [i for part in parts for batch in part for i in batch["ids"].tolist()]
+    assert sorted(ids) == list(range(COUNT))
+    labels = [i for part in parts for batch in part for i in batch["labels"].tolist()]
+    assert source.labels is not None and labels == [source.labels[i] for i in ids]
+    assert [i for batch in parts[0] for i in batch["ids"].tolist()] == list(range(0, COUNT, world))
+
+
+def test_images_are_normalised_by_mean_and_std(source: Source) -> None:
+    view = EvalView((8, 8), 1.0)
+    (batch,) = loader(source, view=view, micro_batch=100).sweep()
+    raw, *_ = loader(source, view=view, micro_batch=100, mean=(0.0,) * 3, std=(1.0,) * 3).sweep()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    pixels = (raw["images"] * 255).round()
+    torch.testing.assert_close(batch["images"], (pixels / 255 - mean) / std, rtol=0, atol=1e-6)
+    with Image.open(Path(source.root) / source.ids[0]) as image:  # type: ignore[attr-defined]
+        shown = view(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert torch.equal(pixels[0], shown.float())
+
+
+class Decoded:
+    """A map-style data set of what it is given."""
+
+    def __init__(self, images: list[Tensor]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def test_pictures_and_float_arrays_in_one_batch_mean_the_same_values() -> None:
+    byte = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    source = DatasetSource(Decoded([byte, byte.float() / 255]))
+    (batch,) = loader(source, view=EvalView((8, 8), 1.0)).sweep()
+    torch.testing.assert_close(batch["images"][0], batch["images"][1])
+    assert batch["labels"].tolist() == [-1, -1]
+
+
+class Broken:
+    """Images of which some cannot be read."""
+
+    labels = None
+
+    def __init__(self, count: int, bad: set[int]) -> None:
+        self.ids, self.bad = [f"{i}.png" for i in range(count)], bad
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> Tensor:
+        if index in self.bad:
+            raise MaekitError("E-DATA-IMAGE", f"cannot use {self.ids[index]}")
+        return torch.full((3, 8, 8), index % 256, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_replaced_by_the_next_and_listed_once(tmp_path: Path, workers: int) -> None:
+    log = tmp_path / "bad_files.jsonl"
+    subject = loader(Broken(20, {4, 5, 19}), batch_size=20, micro_batch=5, workers=workers, bad_log=log)
+    for batch in whole(subject.steps(0, 3)):
+        assert sorted(batch["ids"].tolist()) == sorted([0, 0, 1, 2, 3, 6, 6, 6, *range(7, 19)])
+    listed = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(entry["id"] for entry in listed) == ["19.png", "4.png", "5.png"]
+    assert "cannot use 4.png" in {entry["id"]: entry["reason"] for entry in listed}["4.png"]
+
+
+def test_a_run_that_goes_on_lists_an_unreadable_image_no_second_time(tmp_path: Path) -> None:
+    log = tmp_path / "bad_files.jsonl"
+    for _ in range(2):
+        whole(loader(Broken(8, {3}), bad_log=log).steps(0, 2))
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_what_replaces_an_image_keeps_the_crop_and_mask_of_its_place() -> None:
+    good, bad = (whole(loader(Broken(8, broken)).steps(0, 1))[0] for broken in (set(), {3}))
+    assert torch.equal(good["noise"], bad["noise"])
+    at = good["ids"].tolist().index(3)
+    assert bad["ids"].tolist()[at] == 4 and bad["ids"].tolist()[:at] == good["ids"].tolist()[:at]
+
+
+@pytest.mark.parametrize(("count", "bad", "stops"), [(40, 5, False), (40, 6, True), (1000, 10, False), (1000, 11, True)])
+def test_more_than_five_or_one_per_cent_of_bad_images_stop(count: int, bad: int, stops: bool) -> None:
+    subject = loader(Broken(count, set(range(0, 2 * bad, 2))), batch_size=count, micro_batch=count, num_noise=0)
+    if not stops:
+        assert len(whole(subject.steps(0, 1))) == 1 and len(subject.bad) == bad
+        return
+    with pytest.raises(MaekitError, match=f"found {bad} of {count} seen, expected at most 5 or 1 %") as caught:
+        whole(subject.steps(0, 1))
+    assert caught.value.code == "E-DATA-BAD" and caught.value.exit_code == 3
+
+
+def test_nothing_but_bad_images_is_an_error_that_names_the_first() -> None:
+    with pytest.raises(MaekitError, match=r"cannot use \d\.png") as caught:
+        whole(loader(Broken(8, set(range(8)))).steps(0, 1))
+    assert caught.value.code == "E-DATA-BAD"
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_the_error_of_the_command() -> None:
+    with pytest.raises(MaekitError) as caught:
+        whole(loader(Broken(8, set(range(8))), workers=1).steps(0, 1))
+    assert caught.value.code == "E-DATA-BAD"
+
+
+def test_images_of_other_channels_count_as_unreadable() -> None:
+    images = [torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in range(8)]
+    images[2] = torch.zeros(4, 8, 8, dtype=torch.uint8)
+    subject = loader(DatasetSource(Decoded(images)))
+    assert 2 not in whole(subject.steps(0, 1))[0]["ids"].tolist()
+    assert "found 4 channels, expected 3" in subject.bad["2"]
+
+
+def test_a_loader_without_workers_leaves_the_global_generators_seeded_by_the_last_sample(source: Source) -> None:
+    """Documented: samples draw from the global generators; who trains in his own process seeds again afterwards."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        whole(loader(source).steps(0, 1))
+        found.append(torch.rand(()))
+    assert found[0] == found[1]
+
+
+def test_workers_leave_the_global_generators_of_the_main_process_alone(source: Source) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    whole(loader(source, workers=1).steps(0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_small_sets_are_read_in_the_main_process() -> None:
+    assert auto_workers(10_000, (28, 28)) == 0 < auto_workers(10_000, (224, 224)) <= 8
