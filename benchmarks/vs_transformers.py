@@ -110,7 +110,7 @@ def theirs(size: Size) -> tuple[nn.Module, Loss]:
         "decoder_num_hidden_layers": size.decoder_depth,
         "decoder_num_attention_heads": size.decoder_heads,
         "decoder_intermediate_size": 4 * size.decoder_dim,
-        "mask_ratio": MASK_RATIO,
+        "mask_ratio": size.mask_ratio,
         "norm_pix_loss": size.target == "norm_pixel",
         "attn_implementation": "sdpa",
     }

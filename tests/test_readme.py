@@ -84,7 +84,7 @@ def test_the_programs_run(tmp_path: Path) -> None:
         file.write_text(program)
         done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert re.match(r"loss 0\.\d+ torch\.Size\(\[64, 192\]\)", done.stdout), done.stdout
+        assert re.match(r"loss \d\.\d+ torch\.Size\(\[64, 192\]\)", done.stdout), done.stdout
 
 
 @pytest.mark.slow

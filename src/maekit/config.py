@@ -183,6 +183,9 @@ def _beaten(cls: type[Settings], name: str, layer: Mapping[str, object]) -> bool
 def _validate(cls: type[S], values: dict[str, object], sources: Mapping[str, str], faults: list[_Fault]) -> S | None:
     """Build the settings, adding to `faults` what is wrong with them."""
     faults += _wrong_bools(cls, values, sources)
+    for names in cls.one_of:  # two of them in one layer are among the faults already
+        for extra in [name for name in names if values.get(name) is not None][1:]:
+            values[extra] = None
     try:
         settings = cls.model_validate(values)
     except ValidationError as error:

@@ -8,7 +8,7 @@ Sources: "T8", "T9" ... are tables of the paper (arXiv 2111.06377, appendix A), 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -58,11 +58,17 @@ class Settings(BaseModel):
         values = dict(values)
         for names in cls.one_of:
             given = [name for name in names if values.get(name) is not None]
-            if len(given) > 1:
-                raise MaekitError("E-CONFIG-BOTH", f"settings {' and '.join(given)}", expected="one of them")
             if given:
                 values |= dict.fromkeys(set(names) - set(given))
         return values
+
+    @model_validator(mode="after")
+    def _only_one(self) -> Self:
+        for names in self.one_of:
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise MaekitError("E-CONFIG-BOTH", f"settings {' and '.join(given)}", expected="one of them")
+        return self
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Settings that the command line takes without a flag, in order; a list takes all that is left."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maekit.model.patches import patchify
-from maekit.model.targets import make_target
+from maekit.model.targets import target_of
 from maekit.report import views
 
 GRID = (3, 4)
@@ -22,7 +22,7 @@ def some(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_true_statistics_undo_the_normalised_target_exactly() -> None:
     patches, _ = some()
-    target = make_target(patches, "norm_pixel")
+    target = target_of(patches, "norm_pixel")
     torch.testing.assert_close(views.denormalise(target, views.patch_statistics(patches)), patches)
 
 

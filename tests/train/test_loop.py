@@ -183,7 +183,7 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_scores_are_taken_in_eval_mode_of_model_and_average_and_modes_come_back(tmp_path: Path) -> None:
     model = network()
-    frozen = model[2].eval()
+    frozen = next(part for part in model.modules() if isinstance(part, nn.Dropout))
     seen: list[bool] = []
 
     def evaluate(module: nn.Module) -> Iterator[tuple[str, float]]:

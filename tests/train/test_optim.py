@@ -37,7 +37,7 @@ def test_layer_decay_reaches_the_numbers_of_the_paper(name: str, decay: float, l
         model = timm.create_model(f"vit_{name}_patch{patch}_224", num_classes=10, global_pool="avg")
     groups = finetune_groups(model, 0.05, decay)
     scale = {n: g["lr_scale"] for g in groups for n in names(model, g)}
-    depth = len(model.blocks)
+    depth = {"base": 12, "large": 24, "huge": 32}[name]
     assert scale["patch_embed.proj.weight"] == pytest.approx(lowest, rel=0.01)
     assert scale["cls_token"] == scale["pos_embed"] == pytest.approx(decay ** (depth + 1))
     for i in range(depth):
