@@ -49,6 +49,7 @@ class Settings(BaseModel):
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
+
     @model_validator(mode="before")
     @classmethod
     def _replace(cls, values: Any) -> Any:
@@ -147,8 +148,10 @@ class Loop(Settings):
     base_lr: float | None = setting(None, "learning rate per 256 images; lr = base_lr * batch_size / 256", gt=0)
     lr: float | None = setting(None, "peak learning rate itself, in place of base_lr", gt=0)
     min_lr: float = setting(0.0, "where the half-cosine ends", ge=0)
-    warmup_epochs: float | None = setting(None, "linear warm-up from 0, in epochs", ge=0)
-    warmup_steps: int | None = setting(None, "linear warm-up from 0, in steps", ge=0)
+    warmup_epochs: float | None = setting(
+        None, "linear warm-up from 0, in epochs; default: 5 % of the schedule (T8: 40 of 800, T9: 5 of 100)", ge=0
+    )
+    warmup_steps: int | None = setting(None, "the same in steps", ge=0)
     weight_decay: float = setting(0.05, "AdamW weight decay (T8, T9)", ge=0)
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (T8: .9 .95; T9: .9 .999)")
     clip_grad: float | None = setting(None, "largest gradient norm; default: no clipping (OFF)", gt=0)
@@ -171,7 +174,6 @@ class Pretrain(Images, Size, Statistics, Autoencoder, Loop, Machine):
     init: Path | None = setting(None, "start from these weights (decoder too if it is there)")
     epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
     base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
-    warmup_epochs: float | None = setting(40, "linear warm-up from 0, in epochs (T8)", ge=0)
     crop_scale: tuple[float, float] = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
     flip: bool = setting(True, "mirror half of the images (T8)")
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
@@ -201,7 +203,6 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     batch_size: int = setting(1024, "global batch (T9)", ge=1)
     base_lr: float | None = setting(5e-4, "learning rate per 256 images (OFF, ViT-B)", gt=0)
     min_lr: float = setting(1e-6, "where the half-cosine ends (OFF)", ge=0)
-    warmup_epochs: float | None = setting(5, "linear warm-up from 0, in epochs (T9)", ge=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas (T9)")
     layer_decay: float = setting(0.65, "learning rate factor per block downwards (OFF, ViT-B; T9: .75)", gt=0, le=1)
     drop_path: float = setting(0.1, "stochastic depth, rising linearly over the blocks (T9, ViT-B)", ge=0, lt=1)

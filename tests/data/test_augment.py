@@ -1,5 +1,7 @@
 """Views against torchvision's own transforms, which the official recipes use."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 
 from maekit.data.augment import EvalView, FinetuneView, PretrainView, default_crop_pct, eval_view, random_crop
 from maekit.errors import MaekitError
@@ -25,13 +27,17 @@ def photo(height: int, width: int, channels: int = 3) -> Tensor:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("size", [(224, 224), (32, 48)])
 def test_the_random_crop_is_that_of_torchvision(size: tuple[int, int], seed: int) -> None:
-    """Oracle: the official recipe's RandomResizedCrop on tensors, under the same seed."""
+    """Oracle: RandomResizedCrop under the same seed; v1 resizes in floats, v2 in bytes as Pillow does."""
     image = photo(200 + 10 * seed, 260)
-    crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    found = []
+    for kind in (transforms, v2):
+        crop = kind.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        torch.manual_seed(seed)
+        found.append(crop(image))
     torch.manual_seed(seed)
-    expected = crop(image)
-    torch.manual_seed(seed)
-    assert torch.equal(random_crop(image, size, (0.2, 1.0)), expected)
+    ours = random_crop(image, size, (0.2, 1.0))
+    assert torch.equal(ours, found[1])
+    assert (ours.int() - found[0].int()).abs().max() <= 2
 
 
 def test_a_crop_of_scale_one_is_the_whole_image() -> None:
@@ -40,18 +46,26 @@ def test_a_crop_of_scale_one_is_the_whole_image() -> None:
     assert torch.equal(random_crop(photo(50, 40), (28, 28), (1.0, 1.0)), eval_view(photo(50, 40), (28, 28)))
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (480, 640), (256, 256), (300, 1001), (225, 224)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(375, 500), (500, 333), (480, 640), (256, 256), (300, 1001), (427, 640), (640, 427), (225, 224)],
+)
 def test_evaluation_is_torchvisions_resize_to_256_and_centre_crop(height: int, width: int) -> None:
     """Oracle: the official evaluation, pixel by pixel."""
     image = photo(height, width)
-    official = transforms.Compose(
-        [transforms.Resize(256, InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(224)]
+    floats, exact = (
+        kind.Compose([kind.Resize(256, InterpolationMode.BICUBIC, antialias=True), kind.CenterCrop(224)])
+        for kind in (transforms, v2)
     )
-    assert torch.equal(eval_view(image, (224, 224), 0.875), official(image))
+    ours = eval_view(image, (224, 224), 0.875)
+    assert torch.equal(ours, exact(image))
+    assert (ours.int() - floats(image).int()).abs().max() <= 2
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(4, 90), st.integers(4, 90), st.integers(4, 40), st.integers(4, 40), st.sampled_from([1.0, 0.875, 0.5]))
+@given(
+    st.integers(4, 90), st.integers(4, 90), st.integers(4, 40), st.integers(4, 40), st.sampled_from([1.0, 0.875, 0.5])
+)
 def test_evaluation_always_gives_the_size_and_never_a_border(
     height: int, width: int, rows: int, columns: int, crop_pct: float
 ) -> None:
@@ -97,6 +111,16 @@ def test_randaugment_changes_pictures_of_one_and_three_channels(channels: int) -
     shown = [view(image) for _ in range(60)]
     assert all(one.shape == image.shape and one.dtype == torch.uint8 for one in shown)
     assert sum(not torch.equal(one, image) for one in shown) > 30
+
+
+def test_the_strongest_posterize_keeps_a_bit() -> None:
+    """timm asks for 0 bits at full magnitude, which Pillow 13 refuses: it would end a run after some hundred images."""
+    view = FinetuneView((32, 32), (1.0, 1.0), False, "rand-m10-n2-p1-inc1")
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    for _ in range(60):
+        assert view(photo(32, 32)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("text", ["rand-m9-zz1", "augmix", "rand-mx", "rand-nx-m9", "-", "rand-m", "m9", "rand-m9-w7"])

@@ -81,20 +81,26 @@ def test_micro_batches_are_parts_of_the_same_batch(source: Source, plain: list[B
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_same_global_batch(source: Source, plain: list[Batch], world: int) -> None:
     ranks = [whole(loader(source, rank=rank, world=world, micro_batch=3).steps(0, STEPS)) for rank in range(world)]
-    joined = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)]
+    joined = [
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
+    ]
     assert same(joined, plain)
 
 
 def test_samples_differ_by_seed_and_by_epoch(source: Source, plain: list[Batch]) -> None:
     other = whole(loader(source, seed=8).steps(0, STEPS))
     assert not torch.equal(other[0]["ids"], plain[0]["ids"])
-    by_key = {(epoch, i): batch["noise"][at] for epoch, batch in enumerate(plain[::2]) for at, i in enumerate(batch["ids"].tolist())}
+    by_key = {
+        (epoch, i): batch["noise"][at]
+        for epoch, batch in enumerate(plain[::2])
+        for at, i in enumerate(batch["ids"].tolist())
+    }
     assert len({tuple(noise.tolist()) for noise in by_key.values()}) == len(by_key)
 
 
 def test_noise_is_uniform_and_of_the_length_asked_for(plain: list[Batch]) -> None:
     noise = torch.cat([batch["noise"] for batch in plain])
-    assert noise.shape == (STEPS * BATCH, 9) and 0 <= noise.min() and noise.max() < 1
+    assert noise.shape == (STEPS * BATCH, 9) and noise.min() >= 0 and noise.max() < 1
     assert noise.mean() == pytest.approx(0.5, abs=0.06)
 
 
@@ -121,7 +127,8 @@ def test_a_set_smaller_than_a_batch_is_one_short_batch_an_epoch(source: Source) 
 def test_a_sweep_covers_each_sample_once(source: Source, world: int, workers: int) -> None:
     view = EvalView((8, 8), 1.0)
     parts = [
-        list(loader(source, view=view, rank=rank, world=world, micro_batch=4, workers=workers).sweep()) for rank in range(world)
+        list(loader(source, view=view, rank=rank, world=world, micro_batch=4, workers=workers).sweep())
+        for rank in range(world)
     ]
     ids = [i for part in parts for batch in part for i in batch["ids"].tolist()]
     assert sorted(ids) == list(range(COUNT))
@@ -205,7 +212,9 @@ def test_what_replaces_an_image_keeps_the_crop_and_mask_of_its_place() -> None:
     assert bad["ids"].tolist()[at] == 4 and bad["ids"].tolist()[:at] == good["ids"].tolist()[:at]
 
 
-@pytest.mark.parametrize(("count", "bad", "stops"), [(40, 5, False), (40, 6, True), (1000, 10, False), (1000, 11, True)])
+@pytest.mark.parametrize(
+    ("count", "bad", "stops"), [(40, 5, False), (40, 6, True), (1000, 10, False), (1000, 11, True)]
+)
 def test_more_than_five_or_one_per_cent_of_bad_images_stop(count: int, bad: int, stops: bool) -> None:
     subject = loader(Broken(count, set(range(0, 2 * bad, 2))), batch_size=count, micro_batch=count, num_noise=0)
     if not stops:

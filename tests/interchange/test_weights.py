@@ -174,6 +174,7 @@ def test_timm_loads_the_encoder_file_as_it_is(tmp_path: Path) -> None:
     theirs = timm.create_model(
         "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "encoder.safetensors")
     )
+    assert isinstance(theirs, VisionTransformer)
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, model.encoder.state_dict()[name]), name
     images = torch.randn(1, 3, 224, 224)

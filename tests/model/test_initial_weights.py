@@ -51,13 +51,13 @@ def test_the_patch_projection_keeps_the_bias_that_torch_gives_a_convolution(buil
 
 
 def test_class_register_and_mask_tokens_are_normal_with_deviation_002(build: Build) -> None:
-    model = build("registers and class token", embed_dim=1536, num_heads=12, depth=1, decoder_dim=2048)
+    model = build("registers and class token", embed_dim=768, num_heads=12, depth=1, decoder_dim=768, decoder_depth=1)
     for token in (model.encoder.cls_token, model.encoder.reg_token, model.decoder.mask_token):
         assert token is not None
         assert token.requires_grad
         values = token.detach()
-        assert float(values.std()) == pytest.approx(0.02, rel=0.08)
-        assert abs(float(values.mean())) < 0.003
+        assert float(values.std()) == pytest.approx(0.02, rel=0.1)
+        assert abs(float(values.mean())) < 0.004
 
 
 def test_layer_norms_are_one_and_zero_with_eps_1e_6_everywhere(build: Build) -> None:

@@ -297,7 +297,7 @@ def test_drop_path_rises_linearly_to_its_value(build: Build) -> None:
 # --- other ways to compute
 
 
-@pytest.mark.parametrize("name", ["forward", "loss"])
+@pytest.mark.parametrize("name", [pytest.param("forward", marks=pytest.mark.slow), "loss"])
 def test_it_compiles_without_a_graph_break_and_stays_equal(build: Build, name: str) -> None:
     # D12: a .item() or an assert on a tensor would break the graph
     model = build(depth=1, decoder_depth=1)

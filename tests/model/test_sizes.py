@@ -38,7 +38,9 @@ def test_parameters_are_those_of_the_published_models(name: str) -> None:
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == everything
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "base" not in name else name for name in PUBLISHED]
+)
 def test_forward_costs_are_those_of_the_method_less_the_projection_of_removed_patches(name: str) -> None:
     model = on_meta(name)
     images = torch.empty(1, 3, 224, 224, device="meta")

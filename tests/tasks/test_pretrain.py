@@ -77,10 +77,14 @@ def test_a_run_folder_explains_itself(whole: Path, result: dict[str, Any], flat:
 
 def test_the_command_and_the_function_give_the_same_bits(maekit: Run, words: list[str], result: dict[str, Any]) -> None:
     done = maekit(*words)
-    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"] and done.json["loss"] == result["loss"]
+    assert (
+        done.code == 0 and done.json["state_sha256"] == result["state_sha256"] and done.json["loss"] == result["loss"]
+    )
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_the_number_of_workers_changes_no_bit(
     maekit: Run, words: list[str], result: dict[str, Any], workers: int
 ) -> None:
@@ -96,7 +100,9 @@ def test_stopping_and_going_on_gives_the_same_bits_and_lines(
         stopped = maekit(*words, "--stop-at", at)
         assert stopped.code == 75 and stopped.json["steps"] == at and "Traceback" not in stopped.stderr
     done = maekit(*words)
-    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"] and done.json["loss"] == result["loss"]
+    assert (
+        done.code == 0 and done.json["state_sha256"] == result["state_sha256"] and done.json["loss"] == result["loss"]
+    )
     assert records(tmp_path / "run") == records(whole)
     assert "going on" in done.stderr
 
@@ -206,7 +212,11 @@ def group_is_gone(pid: int) -> bool:
     [
         (signal.SIGTERM, 0.0),
         (signal.SIGINT, 0.3),
-        *(pytest.param(kind, i / 5, marks=pytest.mark.slow) for kind in (signal.SIGTERM, signal.SIGINT) for i in range(8)),
+        *(
+            pytest.param(kind, i / 5, marks=pytest.mark.slow)
+            for kind in (signal.SIGTERM, signal.SIGINT)
+            for i in range(8)
+        ),
     ],
 )
 def test_a_signal_to_the_group_saves_and_the_same_command_goes_on(
@@ -239,7 +249,9 @@ def test_workers_end_when_the_main_process_is_killed(
     until(lambda: group_is_gone(command.pid))
 
 
-def test_two_processes_see_the_same_samples(maekit: Run, words: list[str], result: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_see_the_same_samples(
+    maekit: Run, words: list[str], result: dict[str, Any], tmp_path: Path
+) -> None:
     done = maekit(*words, "--nproc", "2")
     assert done.code == 0, done.stderr
     assert done.json["loss"] == pytest.approx(result["loss"], rel=1e-4) and "Traceback" not in done.stderr

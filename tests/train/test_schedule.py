@@ -65,3 +65,9 @@ def test_schedule_never_leaves_its_bounds() -> None:
     for total, warmup in [(1, 0), (1, 1), (7, 7), (100, 0), (100, 99)]:
         rates = [half_cosine(s, total=total, warmup=warmup, peak=1.0, floor=0.1) for s in range(total + 1)]
         assert all(0 <= r <= 1 and math.isfinite(r) for r in rates)
+
+
+def test_warmup_is_five_per_cent_when_nothing_is_said() -> None:
+    assert schedule(Loop(epochs=800, base_lr=1e-3), 312, 4096).warmup == 40 * 312
+    assert schedule(Loop(epochs=100, base_lr=1e-3), 50, 1024).warmup == 5 * 50
+    assert schedule(Loop(steps=3, base_lr=1e-3), 1, 1).warmup == 0

@@ -6,12 +6,14 @@ type at ``size``. Views draw from the global random generators, which the loader
 depend on worker, rank or call order. Normalisation happens later, on the device (`maekit.data.loader`).
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
@@ -21,6 +23,8 @@ from maekit.errors import MaekitError
 
 ASPECT = (3 / 4, 4 / 3)
 """Aspect ratios of random crops: torchvision's RandomResizedCrop, which the official pre-training uses."""
+RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?|-t[a-z0-9]+)*")
+"""What timm reads of a RandAugment string: magnitude, number, probability, noise, limit, increasing; a set of names."""
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
@@ -39,8 +43,10 @@ def eval_view(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Te
     (official evaluation). `image` is (C, H, W), the result (C, *size), same dtype.
     """
     height, width = image.shape[-2:]
-    cover = max(int(size[0] / crop_pct) / height, int(size[1] / crop_pct) / width)
-    target = [max(size[0], int(height * cover + 0.5)), max(size[1], int(width * cover + 0.5))]
+    rows, columns = int(size[0] / crop_pct), int(size[1] / crop_pct)
+    # whole numbers, rounded down: exactly the sides that torchvision's Resize gives
+    tall = rows * width >= columns * height
+    target = [rows, width * rows // height] if tall else [height * columns // width, columns]
     if target != [height, width]:
         image = F.resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(image, list(size))
@@ -58,6 +64,11 @@ def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]
     return F.resized_crop(
         image, top, left, height, width, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
     )
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep at least one bit: timm asks for none at full magnitude, which Pillow 13 refuses (before: a black image)."""
+    return posterize(image, max(1, bits_to_keep))
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,11 @@ class FinetuneView:
         # translate .45 of the side, as timm's own training does for these strings (method: official fine-tuning)
         translate = int(min(self.size) * 0.45)
         fill = self.fill if len(self.fill) == 3 else self.fill[0]
-        return rand_augment_transform(self.auto_augment or "", {"translate_const": translate, "img_mean": fill})
+        augment = rand_augment_transform(self.auto_augment or "", {"translate_const": translate, "img_mean": fill})
+        for op in augment.ops:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+        return augment
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
@@ -128,6 +143,7 @@ class FinetuneView:
                 hint="--auto-augment none",
             )
         try:
+            assert RAND_AUGMENT.fullmatch(self.auto_augment), "timm would pass over what it cannot read"
             _ = self._augment
         except (AssertionError, ValueError, KeyError) as error:
             raise MaekitError(

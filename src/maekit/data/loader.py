@@ -16,7 +16,10 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,10 @@ class Samples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        image, index, bad = self._read(index)
+        try:
+            image, index, bad = self._read(index)
+        except MaekitError as error:  # as an item: an exception of more than one argument cannot leave a worker
+            return {"stop": str(error.args[0])}
         seed_cpu(self.seed, epoch, key[1])
         noise = torch.rand(self.num_noise)  # first, so that no augmentation setting moves the mask
         label = -1 if self.source.labels is None else self.source.labels[index]
@@ -77,9 +83,7 @@ class Samples(Dataset[dict[str, Any]]):
                 return self._checked(image, at), at, bad
             except (MaekitError, OSError) as error:
                 bad.append((at, str(error)))
-        raise MaekitError(
-            "E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}", hint="maekit data PATH"
-        )
+        raise MaekitError("E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}")
 
     def _checked(self, image: Tensor, at: int) -> Tensor:
         if image.shape[0] != self.channels:
@@ -192,19 +196,23 @@ class Loader:
         # forkserver: a child forked after OpenMP has run can hang; its server has never computed anything
         context = multiprocessing.get_context("forkserver") if self.workers else None
         if self.workers:
-            multiprocessing.set_forkserver_preload(["maekit.data.loader"])
-        data: DataLoader[Any] = DataLoader(
-            self.samples,
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            collate_fn=collate,
-            multiprocessing_context=context,
-            worker_init_fn=_start_worker if self.workers else None,
-            prefetch_factor=4 if self.workers else None,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or the DataLoader would draw from the global one
-        )
+            _start_server()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # the user has said how many
+            data: DataLoader[Any] = DataLoader(
+                self.samples,
+                batch_sampler=sampler,
+                num_workers=self.workers,
+                collate_fn=collate,
+                multiprocessing_context=context,
+                worker_init_fn=_start_worker if self.workers else None,
+                prefetch_factor=4 if self.workers else None,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # or the DataLoader would draw from the global one
+            )
         for batch in data:
+            if "stop" in batch:
+                raise MaekitError("E-DATA-BAD", batch["stop"], hint="maekit data PATH lists them")
             self._count(batch.pop("bad"), len(batch["ids"]))
             yield self._to_device(batch)
 
@@ -224,9 +232,8 @@ class Loader:
                 continue
             self.bad[name] = reason
             log.warning("skipped: %s", reason)
-            if self.bad_log is not None and self.rank == 0:
-                with self.bad_log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+            if self.bad_log is not None:
+                _list_once(self.bad_log, name, reason)
         seen = min(self.seen, len(self.source))
         if len(self.bad) > max(5, 0.01 * seen):
             raise MaekitError(
@@ -239,9 +246,14 @@ class Loader:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items into a batch; "bad" becomes one list."""
+    """Stack items into a batch; "bad" becomes one list, "stop" (why no batch is possible) stands alone."""
+    if stops := [item["stop"] for item in items if "stop" in item]:
+        return {"stop": stops[0]}
+    images = [item["images"] for item in items]
+    if len({image.dtype for image in images}) > 1:  # pictures among float arrays, which are within 0..1 already
+        images = [image.float().div_(255) if image.dtype == torch.uint8 else image for image in images]
     return {
-        "images": torch.stack([item["images"] for item in items]),
+        "images": torch.stack(images),
         "labels": torch.tensor([item["labels"] for item in items]),
         "ids": torch.tensor([item["ids"] for item in items]),
         "noise": torch.stack([item["noise"] for item in items]),
@@ -256,4 +268,39 @@ def _start_worker(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process is gone, also by kill -9.
+
+    torch's own watchdog asks for the parent's number, but a worker's parent is the fork server, which in turn waits for
+    its workers.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _start_server() -> None:
+    """Start the fork server with the signals blocked that a terminal or scheduler sends to the whole group.
+
+    Workers inherit the block, so there is no moment at which such a signal could end them or the server.
+    """
+    multiprocessing.set_forkserver_preload(["maekit.data.loader"])
+    if not hasattr(signal, "pthread_sigmask"):
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _list_once(path: Path, name: str, reason: str) -> None:
+    """Add an unreadable image to the list of the run, unless an earlier launch or another process has."""
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not any(line.startswith(json.dumps({"id": name})[:-1] + ",") for line in known):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": name, "reason": reason}) + "\n")

@@ -30,7 +30,6 @@ def pretrain_fashion() -> Pretrain:
         epochs=20,
         batch_size=128,
         base_lr=2e-3,
-        warmup_epochs=1,
         crop_scale=(0.5, 1.0),
     )
 
@@ -55,7 +54,6 @@ def finetune_fashion() -> Finetune:
         epochs=80,
         batch_size=50,
         base_lr=1.5e-2,
-        warmup_epochs=8,
         layer_decay=0.75,
         drop_path=0.1,
         mixup=0.0,

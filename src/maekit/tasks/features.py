@@ -56,6 +56,14 @@ def labelled_splits(settings: Any) -> tuple[Source, Source]:
             expected="class folders, a list with labels or a parquet label column",
             hint="maekit data PATH",
         )
+    if len(train.classes or []) < 2:
+        raise MaekitError(
+            "E-DATA-CLASSES",
+            f"{settings.data} has one class only",
+            found=", ".join(map(repr, train.classes or [])),
+            expected="two or more: nothing to tell apart",
+            hint="maekit data PATH",
+        )
     val = open_source(
         settings.val_data or settings.data,
         "val-or-all" if settings.val_data else "val",

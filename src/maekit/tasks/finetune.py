@@ -1,6 +1,7 @@
 """Train encoder and head on labelled images, from pre-trained or random weights under one recipe."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
-from maekit.tasks.run_folder import Run, finish, open_run, stopped, typed
+from maekit.tasks.run_folder import Run, begun, finish, open_run, stopped, typed
 from maekit.tasks.training import (
     Statistics,
     channels_of,
@@ -30,6 +31,7 @@ from maekit.tasks.training import (
     prepare,
     say_what_runs,
     spread,
+    train_loader,
 )
 from maekit.train.device import World, world
 from maekit.train.loop import Evaluate, Plan, autocast, fit
@@ -59,43 +61,38 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
         run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
         if run.result is not None:
             return Result(run.result, f"{run.path} is finished: nothing to do")
-        return _train(settings, train, val, run, here)
+        with begun(run):
+            return _train(settings, train, val, run, here)
 
 
 def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World) -> Result:
     origin, statistics = _origin(settings, train)
     num_classes = len(train.classes or [])
+    view = FinetuneView(
+        origin.img_size, settings.crop_scale, settings.flip, settings.auto_augment, (0,) * len(origin.mean)
+    )
+    seed_all(settings.seed)
+    model = classifier(
+        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
+    )
     resolved = prepare(
         run, settings, settings, train, here,
         num_patches=origin.num_patches, channels=len(origin.mean), statistics=statistics, classes=train.classes,
     )  # fmt: skip
     origin.set_statistics(resolved.mean, resolved.std)
-    seed_all(settings.seed)
-    model = classifier(
-        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
-    )
     model.to(here.device).train()
 
-    fill = tuple(round(255 * value) for value in resolved.mean)
-    view = FinetuneView(origin.img_size, settings.crop_scale, settings.flip, settings.auto_augment, fill)
-    loader = Loader(
-        train,
-        view,
-        batch_size=settings.batch_size,
-        micro_batch=resolved.micro_batch,
-        mean=resolved.mean,
-        std=resolved.std,
-        seed=settings.seed,
-        workers=number_of_workers(settings.workers, len(train), origin.img_size),
-        device=here.device,
-        rank=here.rank,
-        world=here.size,
-        bad_log=run.path / "bad_files.jsonl",
-    )
+    view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
+    loader = train_loader(
+        train, view, settings.batch_size, resolved, here, run,
+        size=origin.img_size, seed=settings.seed, workers=settings.workers,
+    )  # fmt: skip
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
     loop = settings.model_copy(update={"precision": resolved.precision})
-    plan = Plan(timing, loop, settings.seed, metadata(origin, classes=train.classes, pool=settings.pool), eval_every=every)
+    plan = Plan(
+        timing, loop, settings.seed, metadata(origin, classes=train.classes, pool=settings.pool), eval_every=every
+    )
     say_what_runs("finetune", model, train, timing.total, here, resolved)
 
     step = supervised_step(settings, num_classes, here.device)

@@ -12,12 +12,13 @@ from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model, metadata, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
+from maekit.model.masking import len_keep
 from maekit.report.pretraining import pretrain_report
 from maekit.seeds import seed_all
 from maekit.settings import Pretrain
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Run, finish, open_run, stopped, typed
-from maekit.tasks.training import channels_of, default_out, number_of_workers, prepare, say_what_runs, spread
+from maekit.tasks.run_folder import Run, begun, finish, open_run, stopped, typed
+from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, spread, train_loader
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
 from maekit.train.optim import adamw, pretrain_groups
@@ -47,12 +48,13 @@ def pretrain(settings: Pretrain | dict[str, Any], dataset: Any = None) -> Result
         run = open_run(settings.out or default_out("pretrain", settings.data), "pretrain", settings)
         if run.result is not None:
             return Result(run.result, f"{run.path} is finished: nothing to do")
-        return _train(settings, source, run, here)
+        with begun(run):
+            return _train(settings, source, run, here)
 
 
 def _source(settings: Pretrain, dataset: Any) -> Source:
     if dataset is not None:
-        return dataset if isinstance(dataset, Source) else DatasetSource(dataset)
+        return dataset if isinstance(dataset, Source) else DatasetSource(dataset, channels=settings.channels or 3)
     if settings.data is None:
         raise MaekitError("E-USAGE-DATA", "no images named", hint="--data FOLDER, or --data builtin:fashion")
     return open_source(
@@ -63,31 +65,21 @@ def _source(settings: Pretrain, dataset: Any) -> Source:
 def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     channels = channels_of(source, settings.channels)
     model = new_model(settings, channels)
+    len_keep(model.num_patches, settings.mask_ratio)  # refused before anything is read or written
+    if settings.init is not None:
+        start_from(model, load_model(settings.init))
     resolved = prepare(
         run, settings, settings, source, here,
         num_patches=model.num_patches, channels=channels, statistics=_statistics(settings, channels),
     )  # fmt: skip
     model.set_statistics(resolved.mean, resolved.std)
-    if settings.init is not None:
-        start_from(model, load_model(settings.init))
     model.to(here.device).train()
 
     view = PretrainView(settings.img_size, settings.crop_scale, settings.flip)
-    loader = Loader(
-        source,
-        view,
-        batch_size=settings.batch_size,
-        micro_batch=resolved.micro_batch,
-        mean=resolved.mean,
-        std=resolved.std,
-        seed=settings.seed,
-        num_noise=model.num_patches,
-        workers=number_of_workers(settings.workers, len(source), settings.img_size),
-        device=here.device,
-        rank=here.rank,
-        world=here.size,
-        bad_log=run.path / "bad_files.jsonl",
-    )
+    loader = train_loader(
+        source, view, settings.batch_size, resolved, here, run,
+        size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches,
+    )  # fmt: skip
     plan = Plan(
         schedule(settings, loader.steps_per_epoch, loader.batch_size),
         settings.model_copy(update={"precision": resolved.precision}),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maekit.data.augment import FinetuneView
-from maekit.data.loader import Batch, Loader
+from maekit.data.loader import Batch
 from maekit.data.sources import Source
 from maekit.interchange.weights import metadata
 from maekit.model.heads import LinearHead
@@ -22,7 +22,7 @@ from maekit.tasks import Result
 from maekit.tasks.features import Features, extract, labelled_splits, load_encoder
 from maekit.tasks.finetune import scorer
 from maekit.tasks.run_folder import finish, open_run, stopped, typed, write_json
-from maekit.tasks.training import default_out, number_of_workers, prepare, say_what_runs
+from maekit.tasks.training import default_out, prepare, say_what_runs, train_loader
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
 from maekit.train.optim import lars
@@ -120,20 +120,10 @@ def _lars(settings: Probe, model: MaskedAutoencoder, train: Source, val: Source,
     )  # fmt: skip
     seed_all(settings.seed)
     probed = Probed(model, len(train.classes or []), settings.pool).to(here.device).train()
-    loader = Loader(
-        train,
-        FinetuneView(model.img_size),
-        batch_size=settings.batch_size,
-        micro_batch=resolved.micro_batch,
-        mean=model.mean,
-        std=model.std,
-        seed=settings.seed,
-        workers=number_of_workers(settings.workers, len(train), model.img_size),
-        device=here.device,
-        rank=here.rank,
-        world=here.size,
-        bad_log=run.path / "bad_files.jsonl",
-    )
+    loader = train_loader(
+        train, FinetuneView(model.img_size), settings.batch_size, resolved, here, run,
+        size=model.img_size, seed=settings.seed, workers=settings.workers,
+    )  # fmt: skip
     plan = Plan(
         schedule(loop, loader.steps_per_epoch, loader.batch_size),
         loop.model_copy(update={"precision": resolved.precision}),

@@ -6,9 +6,11 @@ classes, the data's fingerprint); ``result.json`` is there when the run is finis
 numbers must be the same.
 """
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from pydantic import BaseModel
 
 from maekit.config import dump_yaml, load_yaml, resolve
 from maekit.errors import MaekitError
+from maekit.report.files import write_whole
 from maekit.settings import Settings
 from maekit.tasks import Result
 
@@ -43,12 +46,14 @@ class Run:
     Attributes:
         resolved: what an earlier launch decided, None for a new run.
         result: what a finished run found, None while it is not finished.
+        made: whether the folder was made for this launch.
     """
 
     path: Path
     verb: str
     resolved: Resolved | None
     result: dict[str, Any] | None
+    made: bool = False
 
 
 def typed(kind: type[S], config: S | dict[str, Any]) -> S:
@@ -65,6 +70,7 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     """
     if path.exists() and not path.is_dir():
         raise MaekitError("E-CONFIG-OUT", f"--out {path}", found="a file", expected="a folder, or nothing yet")
+    _delete_leftovers(path)
     file = path / "config.yaml"
     if file.exists():
         return _reopen(path, verb, settings, file)
@@ -76,6 +82,7 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
             expected="a run folder or an empty one",
             hint="another --out",
         )
+    made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".tmp-write"
@@ -85,7 +92,27 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
         raise MaekitError(
             "E-ENV-OUT", f"--out {path}", found=error.strerror or error, expected="a writable folder"
         ) from error
-    return Run(path, verb, None, None)
+    return Run(path, verb, None, None, made)
+
+
+@contextlib.contextmanager
+def begun(run: Run) -> Iterator[None]:
+    """Take a new folder away again if the block fails before it has begun: a mistake leaves no trace."""
+    try:
+        yield
+    except BaseException:
+        if run.made and not (run.path / "config.yaml").exists():
+            with contextlib.suppress(OSError):
+                run.path.rmdir()
+        raise
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Delete what a kill left half written, in one process only."""
+    if os.environ.get("RANK", "0") == "0":
+        for leftover in path.glob(".tmp-*"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
@@ -119,7 +146,7 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
 
 def describe(run: Run, settings: Settings, resolved: Resolved) -> None:
     """Write config.yaml: settings and what they resolved to, with format and version."""
-    write_whole(run.path / "config.yaml", dump_yaml(settings, resolved.model_dump(mode="json")))
+    write_whole(run.path / "config.yaml", dump_yaml(settings, resolved.model_dump(mode="json")).encode())
 
 
 def same_data(run: Run, images: int, fingerprint: str) -> None:
@@ -146,18 +173,7 @@ def finish(run: Run, metrics: dict[str, Any]) -> None:
 
 def write_json(path: Path, metrics: dict[str, Any]) -> None:
     """Write a result where people and scripts look for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(metrics, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file so that it is whole or absent."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(metrics, indent=1) + "\n").encode())
 
 
 def stopped(metrics: dict[str, Any]) -> Result:

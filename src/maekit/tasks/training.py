@@ -13,13 +13,14 @@ from torch import Tensor
 
 from maekit.data.check import check
 from maekit.data.image import read_image
-from maekit.data.loader import auto_workers
+from maekit.data.loader import Loader, View, auto_workers
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.settings import Loop, Settings
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, same_data
 from maekit.train.device import World, launch, resolve_precision
+from maekit.train.schedule import schedule
 
 log = logging.getLogger("maekit")
 
@@ -63,13 +64,15 @@ def prepare(
         statistics: mean and std to use in place of measured ones.
 
     Raises:
-        MaekitError: E-CONFIG-BATCH, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION.
+        MaekitError: E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION.
     """
     fingerprint = source.fingerprint()
     same_data(run, len(source), fingerprint)
     if run.resolved is not None:
         return run.resolved
-    parts = micro_batch(loop, min(loop.batch_size, len(source)), world.size, num_patches)
+    batch = min(loop.batch_size, len(source))
+    parts = micro_batch(loop, batch, world.size, num_patches)
+    schedule(loop, len(source) // batch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device)
     report = check(source, channels=channels)
     mean, std = statistics or (report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std))
@@ -90,6 +93,37 @@ def prepare(
     if world.is_main:
         describe(run, settings, resolved)
     return resolved
+
+
+def train_loader(
+    source: Source,
+    view: View,
+    batch_size: int,
+    resolved: Resolved,
+    world: World,
+    run: Run,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    workers: int | str,
+    num_noise: int = 0,
+) -> Loader:
+    """Return the loader of a training run: this process's part of every global batch."""
+    return Loader(
+        source,
+        view,
+        batch_size=batch_size,
+        micro_batch=resolved.micro_batch,
+        mean=resolved.mean,
+        std=resolved.std,
+        seed=seed,
+        num_noise=num_noise,
+        workers=number_of_workers(workers, len(source), size),
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+        bad_log=run.path / "bad_files.jsonl",
+    )
 
 
 def micro_batch(settings: Loop, batch: int, processes: int, num_patches: int) -> int:

@@ -1,0 +1,165 @@
+"""Fine-tuning from end to end: from a run and from scratch, stopped and gone on with, whatever the batch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import maekit as package
+from maekit.data.sources import label_subset, open_source
+from maekit.errors import MaekitError
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def base(pretrained: Path, classes: Path) -> dict[str, Any]:
+    """30 steps on five labels a class, with everything on that the paper lists."""
+    return {
+        "run": pretrained, "data": str(classes), "labels": "5/class", "batch_size": 10, "epochs": 6, "base_lr": 3e-2,
+        "warmup_epochs": 1, "layer_decay": 0.75, "crop_scale": [0.6, 1], "workers": 0, "device": "cpu", "log_every": 5,
+        "save_every": 7, "seed": 1, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25,
+        "auto_augment": "rand-m9-mstd0.5-inc1", "drop_path": 0.1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    run = tmp_path_factory.mktemp("finetuned") / "run"
+    return run, dict(package.finetune({**base, "out": run}).metrics)
+
+
+def test_the_result_and_its_folder(whole: tuple[Path, dict[str, Any]]) -> None:
+    run, result = whole
+    assert {"run", "steps", "loss", "images_per_second", "state_sha256", "top1"} <= result.keys()
+    assert result["steps"] == 30 and result["train_images"] == 50 and result["val_images"] == 100
+    assert 0 <= result["top1"] <= 1 and json.loads((run / "result.json").read_text()) == result
+    scores = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in scores if "val/top1" in record]
+    assert len(last) == 10 and last[-1]["val/top1"] == result["top1"] and last[-1]["step"] == 30
+
+
+def test_the_command_and_the_function_give_the_same_bits(
+    maekit: Run, base: dict[str, Any], whole: tuple[Path, dict[str, Any]], tmp_path: Path, flags: Run
+) -> None:
+    settings = {name: value for name, value in base.items() if name != "run"}
+    done = maekit("finetune", base["run"], *flags({**settings, "out": tmp_path / "run"}), "--workers", 1, "--json")
+    assert done.code == 0 and "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+    assert done.json["state_sha256"] == whole[1]["state_sha256"] and done.json["top1"] == whole[1]["top1"]
+
+
+@pytest.mark.parametrize("at", [1, 13, 29])
+def test_stopping_and_going_on_gives_the_same_bits_and_lines(
+    base: dict[str, Any], whole: tuple[Path, dict[str, Any]], tmp_path: Path, at: int, records: Run
+) -> None:
+    settings = {**base, "out": tmp_path / "run"}
+    stopped = package.finetune({**settings, "stop_at": at})
+    assert stopped.exit_code == 75 and stopped.metrics["steps"] == at
+    done = package.finetune(settings)
+    assert done.metrics["state_sha256"] == whole[1]["state_sha256"] and done.metrics["top1"] == whole[1]["top1"]
+    assert records(tmp_path / "run") == records(whole[0])
+
+
+def test_a_finished_run_does_nothing_and_says_the_same(
+    base: dict[str, Any], whole: tuple[Path, dict[str, Any]]
+) -> None:
+    assert package.finetune({**base, "out": whole[0]}).metrics == whole[1]
+
+
+def test_the_pretrained_arm_learns(base: dict[str, Any], tmp_path: Path) -> None:
+    """Few labels, mild augmentation: far above the 10 % of chance."""
+    plain = dict(mixup=0, cutmix=0, random_erasing=0, auto_augment=None, drop_path=0, crop_scale=[0.8, 1], labels=None)
+    done = package.finetune({**base, **plain, "out": tmp_path / "run", "batch_size": 40, "epochs": 12})
+    assert float(str(done.metrics["top1"])) > 0.45
+
+
+def test_both_arms_train_on_the_same_images(base: dict[str, Any], classes: Path) -> None:
+    """The subset is a function of the images and the label seed, never of the start or the run's seed."""
+    train = open_source(classes, "train")
+    first, again, other = (label_subset(train, "5/class", seed) for seed in (0, 0, 1))
+    assert first == again != other and len(first) == 50
+    assert train.labels is not None and np.bincount([train.labels[i] for i in first]).tolist() == [5] * 10
+
+
+@pytest.mark.parametrize("with_run", [True, False])
+def test_from_scratch_with_and_without_the_architecture_of_a_run(
+    base: dict[str, Any], tmp_path: Path, with_run: bool
+) -> None:
+    settings = {**base, "from_scratch": True, "epochs": 1, "out": tmp_path / "run"}
+    if not with_run:
+        del settings["run"]
+        settings |= {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 1, "num_heads": 2, "channels": 1}
+        settings |= {"model": "vit_tiny_patch16_224"}
+    done = package.finetune(settings)
+    assert done.exit_code == 0 and done.metrics["train_images"] == 50 and "random weights" in done.text
+
+
+def test_scratch_weights_follow_the_seed_and_differ_from_the_runs(base: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**base, "epochs": 0.2, "warmup_epochs": 0.0, "mixup": 0, "cutmix": 0}
+    digests = [
+        package.finetune({**settings, **change, "out": tmp_path / str(i)}).metrics["state_sha256"]
+        for i, change in enumerate(
+            [{"from_scratch": True}, {"from_scratch": True}, {"from_scratch": True, "seed": 2}, {"from_scratch": False}]
+        )
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_a_batch_of_odd_size_with_mixup_works(base: dict[str, Any], tmp_path: Path) -> None:
+    done = package.finetune({**base, "batch_size": 7, "epochs": 1, "out": tmp_path / "run"})
+    assert done.exit_code == 0 and done.metrics["steps"] == 7 and float(str(done.metrics["loss"])) < 5
+
+
+def test_averaged_weights_are_scored_beside_the_others(base: dict[str, Any], tmp_path: Path) -> None:
+    done = package.finetune({**base, "epochs": 1, "ema": 0.5, "out": tmp_path / "run"})
+    assert {"top1", "ema_top1"} <= done.metrics.keys()
+
+
+def test_a_class_token_pools_too(base: dict[str, Any], tmp_path: Path) -> None:
+    assert package.finetune({**base, "epochs": 1, "pool": "cls", "out": tmp_path / "run"}).exit_code == 0
+
+
+def test_five_channels_train_without_randaugment_only(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for i in range(20):
+        file = tmp_path / "data" / "ab"[i % 2] / f"{i}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, generator.integers(0, 256, (16, 16, 5), dtype=np.uint8))
+    settings: dict[str, Any] = {
+        "from_scratch": True, "data": str(tmp_path / "data"), "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1,
+        "num_heads": 2, "model": "vit_tiny_patch16_224", "epochs": 1, "warmup_epochs": 0, "batch_size": 4, "workers": 0,
+        "device": "cpu", "out": tmp_path / "run",
+    }  # fmt: skip
+    with pytest.raises(MaekitError, match="5 channels") as caught:
+        package.finetune(settings)
+    assert caught.value.code == "E-CONFIG-AUGMENT" and not (tmp_path / "run").exists()
+    assert package.finetune({**settings, "auto_augment": None}).exit_code == 0
+
+
+def test_the_scores_are_those_of_the_saved_weights(
+    whole: tuple[Path, dict[str, Any]], classes: Path, pretrained: Path
+) -> None:
+    """Oracle: the classifier rebuilt from the checkpoint by timm, scored image by image."""
+    import safetensors.torch
+    import timm
+
+    from maekit.data.image import read_image
+    from maekit.interchange.weights import load_model
+
+    run, result = whole
+    tensors = safetensors.torch.load_file(run / "checkpoints/step-30/model.safetensors")
+    origin = load_model(pretrained)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, embed_dim=96, depth=4, num_heads=4, num_classes=10,
+        global_pool="avg", fc_norm=True,
+    ).eval()  # fmt: skip
+    model.load_state_dict(tensors)
+    val = open_source(classes, "val")
+    images = torch.stack([read_image(bytes(val.read(i)), channels=1) for i in range(len(val))])  # type: ignore[arg-type]
+    with torch.no_grad():
+        right = model((images / 255 - origin.mean[0]) / origin.std[0]).argmax(1) == torch.tensor(val.labels)
+    assert right.double().mean().item() == pytest.approx(result["top1"], abs=0.011)

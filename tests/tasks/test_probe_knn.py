@@ -1,0 +1,130 @@
+"""Scores of frozen features: against scikit-learn, and plausible on real images."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+import maekit as package
+from maekit.tasks.features import Features, knn_top1
+from maekit.tasks.probe import logistic_top1
+
+Run = Callable[..., Any]
+
+
+def digits() -> tuple[Features, Features]:
+    data = load_digits()
+    values, labels = torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target)
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    return tuple(Features(values[part], labels[part], part) for part in (order[:900], order[900:]))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (5, 1.0), (200, 0.02)])
+def test_the_vote_is_that_of_scikit_learn(k: int, temperature: float) -> None:
+    train, val = digits()
+    oracle = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    expected = oracle.fit(train.values.numpy(), train.labels.numpy()).score(val.values.numpy(), val.labels.numpy())
+    found = knn_top1(train, val, num_classes=10, k=k, temperature=temperature)
+    assert found == pytest.approx(expected, abs=2 / len(val.labels)) and found > 0.9
+
+
+def test_more_neighbours_than_images_are_all_of_them() -> None:
+    train, val = digits()
+    few = Features(train.values[:10], train.labels[:10], train.index[:10])
+    score = knn_top1(few, val, num_classes=10, k=20, temperature=0.07)
+    assert score == knn_top1(few, val, num_classes=10, k=10, temperature=0.07)
+
+
+def test_a_tiny_temperature_does_not_overflow() -> None:
+    train, val = digits()
+    one = knn_top1(train, val, num_classes=10, k=1, temperature=0.07)
+    assert knn_top1(train, val, num_classes=10, k=20, temperature=1e-4) == pytest.approx(one, abs=0.01)
+
+
+def test_the_regression_solves_digits_and_chooses_a_strength() -> None:
+    train, val = digits()
+    top1, strength = logistic_top1(train, val, seed=0)
+    assert top1 > 0.94 and 1e-3 <= strength <= 1
+
+
+def test_few_labels_of_a_class_are_enough_for_the_regression() -> None:
+    train, val = digits()
+    few = torch.cat([(train.labels == label).nonzero()[:2, 0] for label in range(10)])
+    top1, _ = logistic_top1(Features(train.values[few], train.labels[few], few), val, seed=0)
+    assert top1 > 0.5
+
+
+@pytest.fixture(scope="module")
+def scores(pretrained: Path, classes: Path) -> dict[str, float]:
+    """kNN and probe of the trained encoder, a random one and the pixels, on 240 and 100 images."""
+    settings: dict[str, Any] = {"run": pretrained, "data": str(classes), "device": "cpu", "workers": 0}
+    arms = {"mae": {}, "random": {"random_init": True}, "pixels": {"raw_pixels": True}}
+    found = {name: package.knn(settings | change).metrics["top1"] for name, change in arms.items()}
+    found |= {f"probe {name}": package.probe(settings | arms[name]).metrics["top1"] for name in ("mae", "random")}
+    return {name: float(str(score)) for name, score in found.items()}
+
+
+def test_scores_are_plausible(scores: dict[str, float]) -> None:
+    assert all(0.2 < score < 0.95 for score in scores.values()), scores
+    assert scores["mae"] > scores["random"] - 0.05 and scores["pixels"] > 0.5
+
+
+@pytest.mark.parametrize("verb", ["knn", "probe"])
+def test_the_command_says_what_the_function_says(
+    maekit: Run, scores: dict[str, float], pretrained: Path, classes: Path, verb: str
+) -> None:
+    done = maekit(verb, pretrained, "--data", classes, "--device", "cpu", "--json")
+    assert done.code == 0 and "Warning" not in done.stderr, done.stderr
+    assert done.json["top1"] == scores["mae" if verb == "knn" else "probe mae"]
+    assert done.json["train_images"] == 240 and done.json["val_images"] == 100 and done.json["run"] == str(pretrained)
+
+
+def test_scores_repeat_and_a_part_of_the_labels_counts(pretrained: Path, classes: Path) -> None:
+    settings: dict[str, Any] = {
+        "run": pretrained,
+        "data": str(classes),
+        "device": "cpu",
+        "workers": 0,
+        "labels": "3/class",
+    }
+    first, again = (package.knn(settings).metrics for _ in range(2))
+    assert first == again and first["train_images"] == 30
+    assert package.probe(settings).metrics["train_images"] == 30
+
+
+def test_an_evaluation_set_of_its_own(pretrained: Path, classes: Path) -> None:
+    train, val = (str(classes / part) for part in ("train", "val"))
+    settings: dict[str, Any] = {"run": pretrained, "device": "cpu", "workers": 0}
+    apart = package.knn({**settings, "data": train, "val_data": val}).metrics
+    assert apart["top1"] == package.knn({**settings, "data": str(classes)}).metrics["top1"]
+
+
+def test_the_encoder_file_scores_as_the_run(pretrained: Path, classes: Path) -> None:
+    settings: dict[str, Any] = {"data": str(classes), "device": "cpu", "workers": 0}
+    file = package.knn({**settings, "run": pretrained / "encoder.safetensors"}).metrics["top1"]
+    assert file == package.knn({**settings, "run": pretrained}).metrics["top1"]
+
+
+def test_probe_keeps_its_result_where_asked(pretrained: Path, classes: Path, tmp_path: Path) -> None:
+    settings = {"run": pretrained, "data": str(classes), "device": "cpu", "workers": 0, "out": tmp_path / "probe"}
+    result = package.probe(settings).metrics
+    assert (tmp_path / "probe/result.json").exists() and math.isfinite(float(str(result["top1"])))
+
+
+def test_the_lars_protocol_trains_the_head_only_and_goes_on(
+    maekit: Run, pretrained: Path, classes: Path, tmp_path: Path
+) -> None:
+    words = ["probe", pretrained, "--data", classes, "--protocol", "lars", "--epochs", 6, "--batch-size", 48]
+    words += ["--workers", 0, "--device", "cpu", "--out", tmp_path / "run", "--json"]
+    done = maekit(*words)
+    assert done.code == 0 and "Warning" not in done.stderr, done.stderr
+    assert done.json["protocol"] == "lars" and done.json["steps"] == 30 and 0.2 < done.json["top1"] < 1
+    assert maekit(*words).json == done.json
