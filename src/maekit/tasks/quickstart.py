@@ -359,8 +359,8 @@ def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Sect
     verdict = "by more than" if gain > spread else "which is within"
     text = [
         f"Fine-tuned with few labels, the pre-trained encoder reaches {_spread(mae)}, random weights "
-        f"{_spread(scratch)} (mean and standard deviation of {len(mae)} seeds): a difference of {gain:+.3f}, {verdict} the spread of the "
-        "seeds."
+        f"{_spread(scratch)} (mean and standard deviation of {len(mae)} seeds): a difference of {gain:+.3f}, {verdict} "
+        "the spread of the seeds."
     ]
     best = max(measures.knn, key=lambda name: measures.knn[name])
     if best != "MAE encoder":

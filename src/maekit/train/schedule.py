@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from maekit.errors import MaekitError
 from maekit.settings import Loop
 
-
 WARMUP = 0.05
 """Share of the schedule when nothing is said: 40 of 800 epochs (paper table 8), 5 of 100 (table 9)."""
 
