@@ -280,7 +280,6 @@ def test_a_pickle_inside_a_run_folder_never_runs(tmp_path: Path) -> None:
     assert not sentinel.exists()
 
 
-@pytest.mark.xfail(reason="checkpoint.load lets SafetensorError and UnicodeDecodeError through", strict=True)
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
 def test_a_checkpoint_whose_manifest_vouches_for_rubbish_is_refused(tmp_path: Path, name: str) -> None:
     write_run(tmp_path, (5,))

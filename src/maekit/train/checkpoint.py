@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -114,10 +115,13 @@ def load(path: Path) -> Checkpoint:
     contents = {name: _read(path, name, files[name]) for name in files}
     if "state.json" not in contents or "model.safetensors" not in contents:
         raise _damaged(path / MANIFEST, "an incomplete list of files")
-    state = json.loads(contents.pop("state.json"))
+    try:  # sums that match say who wrote a file, not that it makes sense
+        state = dict(json.loads(contents.pop("state.json")))
+        tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in contents.items()}
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise _damaged(path, f"contents that cannot be read: {error}") from error
     if state.get("step") != step:
         raise _damaged(path / "state.json", f"step {state.get('step')} in a checkpoint of step {step}")
-    tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in contents.items()}
     return Checkpoint(path, step, tensors, state)
 
 
