@@ -14,6 +14,8 @@ from torchvision.transforms import InterpolationMode, v2
 from maekit.data.augment import EvalView, FinetuneView, PretrainView, default_crop_pct, eval_view, random_crop
 from maekit.errors import MaekitError
 
+sides, small_sides = st.integers(4, 90), st.integers(4, 40)
+
 
 def photo(height: int, width: int, channels: int = 3) -> Tensor:
     """Return something like a photograph: smooth shades, an edge and some grain."""
@@ -75,7 +77,7 @@ def test_evaluation_always_gives_the_size_and_never_a_border(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(4, 90), st.integers(4, 90), st.integers(4, 40), st.integers(4, 40), st.integers(0, 99))
+@given(sides, sides, small_sides, small_sides, st.integers(0, 99))
 def test_random_crops_always_give_the_size(height: int, width: int, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
     image = torch.full((1, height, width), 0.5)

@@ -36,7 +36,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def loader(source: Any, **changes: Any) -> Loader:
     settings: dict[str, Any] = {
-        "batch_size": BATCH, "micro_batch": BATCH, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "seed": 7, "num_noise": 9,
+        "batch_size": BATCH, "micro_batch": BATCH, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "seed": 7,
+        "num_noise": 9,
     }  # fmt: skip
     settings |= changes
     return Loader(source, settings.pop("view", PretrainView((8, 8))), **settings)
@@ -59,7 +60,7 @@ def plain(source: Source) -> list[Batch]:
     return whole(loader(source).steps(0, STEPS))
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_the_number_of_workers_changes_nothing(source: Source, plain: list[Batch], workers: int) -> None:
     torch.manual_seed(workers)
     random.seed(workers)
@@ -187,7 +188,7 @@ class Broken:
         return torch.full((3, 8, 8), index % 256, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_unreadable_image_is_replaced_by_the_next_and_listed_once(tmp_path: Path, workers: int) -> None:
     log = tmp_path / "bad_files.jsonl"
     subject = loader(Broken(20, {4, 5, 19}), batch_size=20, micro_batch=5, workers=workers, bad_log=log)
@@ -256,6 +257,7 @@ def test_a_loader_without_workers_leaves_the_global_generators_seeded_by_the_las
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_workers_leave_the_global_generators_of_the_main_process_alone(source: Source) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()

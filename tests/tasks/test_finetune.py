@@ -130,7 +130,8 @@ def test_five_channels_train_without_randaugment_only(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, generator.integers(0, 256, (16, 16, 5), dtype=np.uint8))
     settings: dict[str, Any] = {
-        "from_scratch": True, "data": str(tmp_path / "data"), "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1,
+        "from_scratch": True, "data": str(tmp_path / "data"), "img_size": 16, "patch_size": 4, "embed_dim": 16,
+        "depth": 1,
         "num_heads": 2, "model": "vit_tiny_patch16_224", "epochs": 1, "warmup_epochs": 0, "batch_size": 4, "workers": 0,
         "device": "cpu", "out": tmp_path / "run",
     }  # fmt: skip
@@ -154,7 +155,8 @@ def test_the_scores_are_those_of_the_saved_weights(
     tensors = safetensors.torch.load_file(run / "checkpoints/step-30/model.safetensors")
     origin = load_model(pretrained)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, embed_dim=96, depth=4, num_heads=4, num_classes=10,
+        "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, embed_dim=96, depth=4, num_heads=4,
+        num_classes=10,
         global_pool="avg", fc_norm=True,
     ).eval()  # fmt: skip
     model.load_state_dict(tensors)

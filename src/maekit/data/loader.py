@@ -210,7 +210,8 @@ class Loader:
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # or the DataLoader would draw from the global one
             )
-        for batch in data:
+            batches = iter(data)
+        for batch in batches:
             if "stop" in batch:
                 raise MaekitError("E-DATA-BAD", batch["stop"], hint="maekit data PATH lists them")
             self._count(batch.pop("bad"), len(batch["ids"]))

@@ -40,8 +40,8 @@ def embed(settings: Embed | dict[str, Any]) -> Result:
                 _write(out, source, features)
             except OSError as error:
                 raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
-    metrics = {"run": str(settings.run), "file": str(out), "images": len(source), "shape": list(features.values.shape)}
-    return Result(metrics, f"{out}: {len(source)} embeddings of {features.values.shape[-1]} numbers")
+    metrics = {"run": str(settings.run), "file": str(out), "images": len(features.index), "shape": list(features.values.shape)}
+    return Result(metrics, f"{out}: {len(features.index)} embeddings of {features.values.shape[-1]} numbers")
 
 
 def _file(settings: Embed) -> Path:

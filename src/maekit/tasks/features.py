@@ -111,7 +111,7 @@ def extract(
         values.append(model.features(batch["images"], pool=pool).float().cpu())
         labels.append(batch["labels"].cpu())
         index.append(batch["ids"].cpu())
-    return Features(*(world.gather(torch.cat(parts)) for parts in (values, labels, index)))
+    return _each_once(Features(*(world.gather(torch.cat(parts)) for parts in (values, labels, index))))
 
 
 @torch.no_grad()
@@ -127,11 +127,20 @@ def pixels(source: Source, size: tuple[int, int], channels: int, *, workers: int
         workers=number_of_workers(workers, len(source), size),
     )
     batches = list(loader.sweep())
-    return Features(
-        torch.cat([batch["images"].flatten(1) for batch in batches]),
-        torch.cat([batch["labels"] for batch in batches]),
-        torch.cat([batch["ids"] for batch in batches]),
+    return _each_once(
+        Features(
+            torch.cat([batch["images"].flatten(1) for batch in batches]),
+            torch.cat([batch["labels"] for batch in batches]),
+            torch.cat([batch["ids"] for batch in batches]),
+        )
     )
+
+
+def _each_once(features: Features) -> Features:
+    """Put the rows into the order of the source; an image that stood in for an unreadable one counts once."""
+    rows = {image: row for row, image in enumerate(features.index.tolist())}
+    chosen = torch.tensor([rows[image] for image in sorted(rows)])
+    return Features(features.values[chosen], features.labels[chosen], features.index[chosen])
 
 
 def knn_top1(train: Features, val: Features, *, num_classes: int, k: int, temperature: float) -> float:

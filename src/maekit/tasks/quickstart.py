@@ -75,6 +75,14 @@ def quickstart(settings: Quickstart | dict[str, Any]) -> Result:
     out = settings.out or Path("runs") / (
         "quickstart" if data == "builtin:fashion" else f"quickstart-{Path(data).stem}"
     )
+    if (out / "config.yaml").exists() or (out.exists() and not out.is_dir()):
+        raise MaekitError(
+            "E-CONFIG-OUT",
+            f"--out {out}",
+            found="a run of another verb" if out.is_dir() else "a file",
+            expected="a folder of its own: each stage is a run below it",
+            hint="another --out",
+        )
     device = resolve_device(settings.device)
     _leave_a_core_to_the_loader(device)
     train, held = (
