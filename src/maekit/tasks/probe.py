@@ -28,7 +28,7 @@ from maekit.train.loop import Plan, fit
 from maekit.train.optim import lars
 from maekit.train.schedule import schedule
 
-STRENGTHS = (1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths among which a fifth of the training labels decides."""
 
 
@@ -79,7 +79,7 @@ def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, 
 
 
 def _regression(strength: float) -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-3, max_iter=2000))
 
 
 class Probed(nn.Module):

@@ -166,6 +166,8 @@ def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
     )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # the child's own line is on stderr; the launcher would add tracebacks to it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         return elastic_launch(config, _in_child)(task, *args)[0]
     except ChildFailedError as error:
