@@ -131,7 +131,9 @@ def listing(root: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-@pytest.mark.parametrize(("command", "exit_code", "code", "said"), ROWS, ids=[row[0].replace(TINY, "...") for row in ROWS])
+@pytest.mark.parametrize(
+    ("command", "exit_code", "code", "said"), ROWS, ids=[row[0].replace(TINY, "...") for row in ROWS]
+)
 def test_a_mistake_gets_one_line_and_leaves_nothing(
     command: str, exit_code: int, code: str, said: str, places: dict[str, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

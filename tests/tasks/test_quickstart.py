@@ -11,11 +11,11 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def labelled(classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of twelve images without parts: what is held out is chosen by quickstart."""
+    """Two classes of six images without parts: what is held out is chosen by quickstart."""
     root = tmp_path_factory.mktemp("labelled")
     for folder in sorted((classes / "train").iterdir())[:2]:
         (root / folder.name).mkdir()
-        for file in sorted(folder.iterdir())[:12]:
+        for file in sorted(folder.iterdir())[:6]:
             (root / folder.name / file.name).write_bytes(file.read_bytes())
     return root
 

@@ -19,7 +19,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,7 @@ def _start_server() -> None:
     multiprocessing.set_forkserver_preload(["maekit.data.loader"])
     if not hasattr(signal, "pthread_sigmask"):
         return
+    resource_tracker.ensure_running()  # on its own: it lifts the block when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         forkserver.ensure_running()

@@ -40,7 +40,12 @@ def embed(settings: Embed | dict[str, Any]) -> Result:
                 _write(out, source, features)
             except OSError as error:
                 raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
-    metrics = {"run": str(settings.run), "file": str(out), "images": len(features.index), "shape": list(features.values.shape)}
+    metrics = {
+        "run": str(settings.run),
+        "file": str(out),
+        "images": len(features.index),
+        "shape": list(features.values.shape),
+    }
     return Result(metrics, f"{out}: {len(features.index)} embeddings of {features.values.shape[-1]} numbers")
 
 

@@ -153,6 +153,7 @@ def knn_top1(train: Features, val: Features, *, num_classes: int, k: int, temper
     k, right = min(k, len(bank)), 0
     for queries, labels in zip(F.normalize(val.values, dim=1).split(1024), val.labels.split(1024), strict=True):
         similarity, nearest = (queries @ bank.T).topk(k, dim=1)
-        scores = (votes[nearest] * (similarity / temperature).exp().unsqueeze(-1)).sum(1)
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest: 1, so none overflows
+        scores = (votes[nearest] * weights.unsqueeze(-1)).sum(1)
         right += int((scores.argmax(1) == labels).sum())
     return right / len(val.labels)

@@ -74,7 +74,7 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     file = path / "config.yaml"
     if file.exists():
         return _reopen(path, verb, settings, file)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(not entry.name.startswith(".tmp-") for entry in path.iterdir()):
         raise MaekitError(
             "E-CONFIG-OUT",
             f"--out {path}",
@@ -85,7 +85,7 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".tmp-write"
+        probe = path / f".tmp-write-{os.getpid()}"  # every process of a run tries
         probe.touch()
         probe.unlink()
     except OSError as error:
