@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,6 +68,12 @@ def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, 
     Returns:
         top-1 on `val`, and the strength C chosen (inverse regularisation, as in scikit-learn).
     """
+    # one thread: the matrices are small, and several threads wait for each other on a busy machine
+    with threadpool_limits(1):
+        return _logistic_top1(train, val, seed)
+
+
+def _logistic_top1(train: Features, val: Features, seed: int) -> tuple[float, float]:
     x, y = train.values.numpy(), train.labels.numpy()
     fewest = np.bincount(y)[np.unique(y)].min()
     strength = STRENGTHS[-2]
