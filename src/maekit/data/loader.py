@@ -34,6 +34,9 @@ from maekit.seeds import mix, seed_cpu
 
 log = logging.getLogger("maekit")
 
+PRELOADED = ["maekit.data.loader", "maekit.data.augment", "maekit.data.sources"]
+"""What the fork server imports once: a worker that had to import torchvision and timm itself would take seconds."""
+
 Batch = dict[str, Tensor]
 View = Callable[[Tensor], Tensor]
 
@@ -289,7 +292,7 @@ def _start_server() -> None:
 
     Workers inherit the block, so there is no moment at which such a signal could end them or the server.
     """
-    multiprocessing.set_forkserver_preload(["maekit.data.loader"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     if not hasattr(signal, "pthread_sigmask"):
         return
     resource_tracker.ensure_running()  # on its own: it lifts the block when it starts

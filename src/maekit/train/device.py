@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -163,15 +166,37 @@ def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
+        signals_to_handle="SIGHUP,SIGQUIT",  # those by which a run is stopped are ours: `_forwarded`
     )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # the child's own line is on stderr; the launcher would add tracebacks to it
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        return elastic_launch(config, _in_child)(task, *args)[0]
+        with _forwarded(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            return elastic_launch(config, _in_child)(task, *args)[0]
     except ChildFailedError as error:
         raise SystemExit(error.get_first_failure()[1].exitcode) from None
+
+
+@contextlib.contextmanager
+def _forwarded(*kinds: signal.Signals) -> Iterator[None]:
+    """Hand signals on to the started processes, which save and end; this one waits for what they return."""
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for pid in (process.pid for process in multiprocessing.active_children()):
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    before = {}
+    try:
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
+            before = {kind: signal.signal(kind, forward) for kind in kinds}
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _in_child(task: Callable[..., T], *args: Any) -> T:
