@@ -26,7 +26,7 @@ test: lint types  ## lint, types and the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(TOOLS)  ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
 test-gpu: $(TOOLS)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -1,7 +1,10 @@
 """Every sample is a function of (seed, epoch, index): nothing else may move a pixel or a mask."""
 
 import json
+import multiprocessing
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +266,36 @@ def test_workers_leave_the_global_generators_of_the_main_process_alone(source: S
     before = torch.random.get_rng_state()
     whole(loader(source, workers=1).steps(0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+PROGRAM = """
+from maekit.data.augment import PretrainView
+from maekit.data.loader import Loader
+from maekit.data.sources import open_source
+
+if __name__ == "__main__":
+    view, statistics = PretrainView((28, 28)), {"mean": (0.3,), "std": (0.3,)}
+    loader = Loader(open_source("builtin:fashion"), view, batch_size=8, micro_batch=8, workers=2, **statistics)
+    steps = loader.steps(0, 1000)
+    print(len(next(steps)))
+"""
+
+
+def test_a_program_that_leaves_an_iteration_half_done_ends(tmp_path: Path) -> None:
+    """Workers ignore the SIGTERM with which multiprocessing ends them, and it then waits for them."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "1\n" and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_error_that_ended_the_iteration() -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(MaekitError) as caught:
+        whole(loader(Broken(8, set(range(8))), workers=1).steps(0, 1))
+    assert caught.value.__traceback__ is not None  # which keeps the frames, and what they hold
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_small_sets_are_read_in_the_main_process() -> None:

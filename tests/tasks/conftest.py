@@ -209,7 +209,7 @@ TINY: dict[str, Any] = {
     "model": "vit_tiny_patch16_224", "img_size": 28, "channels": 1, "patch_size": 7, "embed_dim": 16, "depth": 1,
     "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "target": "pixel", "mask_ratio": 0.6,
     "batch_size": 8, "steps": 12, "base_lr": 1e-2, "workers": 0, "log_every": 3, "save_every": 4, "device": "cpu",
-    "seed": 3,
+    "seed": 3, "precision": "fp32",
 }  # fmt: skip
 
 

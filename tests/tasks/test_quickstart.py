@@ -20,6 +20,7 @@ def labelled(classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_labelled_folder_gives_a_report_with_scores_and_a_relaunch_goes_on(
     maekit: Run, labelled: Path, tmp_path: Path
 ) -> None:

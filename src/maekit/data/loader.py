@@ -10,6 +10,8 @@ An incomplete global batch at the end of an epoch is dropped (as in the official
 batch is one short batch per epoch.
 """
 
+import atexit
+import contextlib
 import json
 import logging
 import math
@@ -18,7 +20,8 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -196,6 +199,11 @@ class Loader:
         )
 
     def _batches(self, sampler: Any) -> Iterator[Batch]:
+        batches = self._iterate(sampler)
+        _open.add(batches)
+        return batches
+
+    def _iterate(self, sampler: Any) -> Generator[Batch, None, None]:
         # forkserver: a child forked after OpenMP has run can hang; its server has never computed anything
         context = multiprocessing.get_context("forkserver") if self.workers else None
         if self.workers:
@@ -214,11 +222,14 @@ class Loader:
                 generator=torch.Generator(),  # or the DataLoader would draw from the global one
             )
             batches = iter(data)
-        for batch in batches:
-            if "stop" in batch:
-                raise MaekitError("E-DATA-BAD", batch["stop"], hint="maekit data PATH lists them")
-            self._count(batch.pop("bad"), len(batch["ids"]))
-            yield self._to_device(batch)
+        try:
+            for batch in batches:
+                if "stop" in batch:
+                    raise MaekitError("E-DATA-BAD", batch["stop"], hint="maekit data PATH lists them")
+                self._count(batch.pop("bad"), len(batch["ids"]))
+                yield self._to_device(batch)
+        finally:
+            del batches  # ends its workers, also where a traceback keeps this frame
 
     def _to_device(self, batch: Batch) -> Batch:
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -247,6 +258,21 @@ class Loader:
                 expected="at most 5 or 1 %",
                 hint="maekit data PATH lists them",
             )
+
+
+_open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+"""Iterations that have been begun and may not have ended."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the workers of iterations that a program left half done.
+
+    multiprocessing would send them SIGTERM, which they ignore, and then wait for them for ever.
+    """
+    for batches in list(_open):
+        with contextlib.suppress(ValueError):  # another thread is in the middle of it
+            batches.close()
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
