@@ -144,7 +144,10 @@ class Loop(Settings):
     epochs: float | None = setting(None, "length of the schedule in passes over the data", gt=0)
     steps: int | None = setting(None, "length of the schedule in optimizer steps", gt=0)
     batch_size: int = setting(4096, "global batch: all processes, all accumulation steps", ge=1)
-    micro_batch: AutoCount = setting("auto", "images per process and pass; must divide the global batch")
+    micro_batch: AutoCount = setting("auto", "images per process and pass; must divide the global batch", resume="free")
+    drop_last: bool = setting(
+        False, "leave an incomplete batch at the end of an epoch out, as the paper's recipes do; else it is a short one"
+    )
     base_lr: float | None = setting(None, "learning rate per 256 images; lr = base_lr * batch_size / 256", gt=0)
     lr: float | None = setting(None, "peak learning rate itself, in place of base_lr", gt=0)
     min_lr: float = setting(0.0, "where the half-cosine ends", ge=0)
@@ -232,7 +235,9 @@ class Probe(Images, Labels, Machine):
         "logistic",
         "logistic: regression solved on features computed once; lars: batch norm + linear layer trained (T10)",
     )
-    pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens, or the class token")
+    pool: Literal["mean", "cls"] | None = setting(
+        None, "mean of patch tokens, or the class token; default: mean; lars: cls where there is one (OFF)"
+    )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
     epochs: float = setting(90, "lars: passes over the data (OFF)", gt=0)
     batch_size: int = setting(1024, "lars: global batch (OFF: 16384)", ge=1)

@@ -40,15 +40,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def loader(source: Any, **changes: Any) -> Loader:
     settings: dict[str, Any] = {
         "batch_size": BATCH, "micro_batch": BATCH, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "seed": 7,
-        "num_noise": 9,
+        "num_noise": 9, "drop_last": True,
     }  # fmt: skip
     settings |= changes
     return Loader(source, settings.pop("view", PretrainView((8, 8))), **settings)
 
 
-def whole(steps: Iterator[list[Batch]]) -> list[Batch]:
+def whole(steps: Iterator[Iterator[Batch]]) -> list[Batch]:
     """Join the micro-batches of each step."""
-    return [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in steps]
+    return [join(list(parts)) for parts in steps]
+
+
+def join(parts: list[Batch]) -> Batch:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
@@ -77,18 +81,40 @@ def test_a_later_start_gives_the_tail(source: Source, plain: list[Batch], start:
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_micro_batches_are_parts_of_the_same_batch(source: Source, plain: list[Batch], micro: int) -> None:
-    parts = list(loader(source, micro_batch=micro).steps(0, STEPS))
-    assert [len(part["ids"]) for part in parts[0]] == [min(micro, BATCH - i) for i in range(0, BATCH, micro)]
-    assert same(whole(iter(parts)), plain)
+    steps = [list(parts) for parts in loader(source, micro_batch=micro).steps(0, STEPS)]
+    assert [len(part["ids"]) for part in steps[0]] == [min(micro, BATCH - i) for i in range(0, BATCH, micro)]
+    assert same([join(parts) for parts in steps], plain)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_same_global_batch(source: Source, plain: list[Batch], world: int) -> None:
     ranks = [whole(loader(source, rank=rank, world=world, micro_batch=3).steps(0, STEPS)) for rank in range(world)]
-    joined = [
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
-    ]
-    assert same(joined, plain)
+    assert same([join(list(parts)) for parts in zip(*ranks, strict=True)], plain)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 3), (8, 1)])
+def test_without_drop_last_an_epoch_ends_with_a_short_batch(source: Source, world: int, micro: int) -> None:
+    """6 images of 22 are left for the third batch: with 8 processes two have none and pass one of weight 0."""
+    seen, filled = [], 0
+    for rank in range(world):
+        subject = loader(source, rank=rank, world=world, micro_batch=micro, drop_last=False)
+        assert subject.steps_per_epoch == 3
+        for at, parts in enumerate(subject.steps(0, 6)):
+            batch = join(list(parts))
+            size, mine = subject.sizes(at)
+            assert size == (6 if at % 3 == 2 else BATCH)
+            assert len(batch["ids"]) == max(1, mine)
+            seen += [(at // 3, i) for i in batch["ids"].tolist()] if mine else []
+            filled += mine == 0
+    assert sorted(seen) == [(epoch, i) for epoch in range(2) for i in range(COUNT)]
+    assert filled == (2 * 2 if world == 8 else 0)
+
+
+def test_a_micro_batch_is_made_when_it_is_asked_for(source: Source) -> None:
+    subject = loader(source, micro_batch=2)
+    parts = next(subject.steps(0, 1))
+    next(parts)
+    assert subject.seen == 2
 
 
 def test_samples_differ_by_seed_and_by_epoch(source: Source, plain: list[Batch]) -> None:
@@ -277,7 +303,7 @@ if __name__ == "__main__":
     view, statistics = PretrainView((28, 28)), {"mean": (0.3,), "std": (0.3,)}
     loader = Loader(open_source("builtin:fashion"), view, batch_size=8, micro_batch=8, workers=2, **statistics)
     steps = loader.steps(0, 1000)
-    print(len(next(steps)))
+    print(len(next(next(steps))["ids"]))
 """
 
 
@@ -286,7 +312,7 @@ def test_a_program_that_leaves_an_iteration_half_done_ends(tmp_path: Path) -> No
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout == "1\n" and done.stderr == ""
+    assert done.returncode == 0 and done.stdout == "8\n" and done.stderr == ""
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
-from maekit.model.patches import patchify, sincos_2d, unpatchify
+from maekit.model.patches import patchify, resample_positions, sincos_2d, unpatchify
 
 from .conftest import Build
 from .reference import flatten_patches
@@ -87,3 +88,14 @@ def test_trap_7_both_tables_are_frozen_parameters_of_the_state(build: Build, kin
     inside = 0 if model.encoder.no_embed_class else prefix
     assert torch.equal(parameters["encoder.pos_embed"][0], sincos_2d(24, model.grid, inside))
     assert not parameters["decoder.pos_embed"][0, :prefix].any()
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_positions_are_resampled_as_by_timm_and_the_prefix_stays(prefix: int) -> None:
+    """Oracle: timm's resample_abs_pos_embed, which is the official bicubic rule when it does not antialias."""
+    table = torch.randn(1, prefix + 4 * 6, 8)
+    ours = resample_positions(table, (4, 6), (7, 5))
+    theirs = resample_abs_pos_embed(table, [7, 5], [4, 6], num_prefix_tokens=prefix, antialias=False)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours[:, :prefix], table[:, :prefix])
+    torch.testing.assert_close(resample_positions(table, (4, 6), (4, 6)), table)

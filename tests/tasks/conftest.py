@@ -87,7 +87,8 @@ class Command:
 
     @property
     def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
+        file = self.folder / "stderr"
+        return file.read_text() if file.exists() else ""  # not yet: the child has not come so far
 
     @property
     def json(self) -> dict[str, Any]:

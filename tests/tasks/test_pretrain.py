@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +73,7 @@ def test_a_run_folder_explains_itself(whole: Path, result: dict[str, Any], flat:
     assert page.lstrip().startswith("<!") and 'src="http' not in page
     assert any((whole / "events").iterdir()) and (whole / "encoder.safetensors").stat().st_size > 1000
     assert not [path for path in whole.rglob(".tmp*")]
-    saved = checkpoint.load(whole / "checkpoints" / "step-12")
-    assert checkpoint.state_sha256(saved.tensors, {k: saved.state[k] for k in saved.state}) == result["state_sha256"]
+    assert checkpoint.load(whole / "checkpoints" / "step-12").sha256() == result["state_sha256"]
 
 
 def test_the_command_and_the_function_give_the_same_bits(maekit: Run, words: list[str], result: dict[str, Any]) -> None:
@@ -248,6 +249,82 @@ def test_a_signal_to_the_group_saves_and_the_same_command_goes_on(
     assert done.code == 75 and done.json["state_sha256"] == straight.json["state_sha256"]
 
 
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sign", ["going on", "events"])
+def test_a_signal_outside_of_the_loop_ends_a_run_with_a_checkpoint_in_the_same_way(
+    background: Run, until: Run, words: list[str], tmp_path: Path, kind: signal.Signals, sign: str,
+    result: dict[str, Any],
+) -> None:  # fmt: skip
+    """Before the first step of a relaunch, and while the report is made after the last."""
+    run = tmp_path / "run"
+    stopped_at = 4 if sign == "going on" else 11
+    assert background(*words, "--stop-at", stopped_at).wait().code == 75
+    command = background(*words)
+    if sign == "going on":
+        until(lambda: sign in command.stderr or (run / "result.json").exists())
+    else:
+        until(lambda: (run / "checkpoints/step-12").exists())
+    command.send(kind)
+    command.wait()
+    assert command.code in (0, 75) and "Traceback" not in command.stderr, command.stderr
+    if command.code == 75:
+        assert command.json["steps"] >= stopped_at
+    done = background(*words).wait()
+    assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"], done.stderr
+
+
+def test_a_second_process_in_the_same_folder_is_refused(
+    background: Run, maekit: Run, until: Run, words: list[str], tmp_path: Path
+) -> None:
+    command = background(*words, "--steps", "100000")
+    until(lambda: any((tmp_path / "run/checkpoints").glob("step-*")))
+    second = maekit(*words, "--steps", "100000")
+    assert second.code == 5 and "error[E-ENV-BUSY]" in second.stderr and f"pid {command.pid}" in second.stderr
+    command.send(signal.SIGTERM)
+    assert command.wait().code == 75 and not (tmp_path / "run/.lock").exists()
+
+
+def test_a_finished_run_needs_its_images_no_more(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, result: dict[str, Any]
+) -> None:
+    data = tmp_path / "data"
+    data.symlink_to(flat)
+    settings = {**tiny, "data": str(data), "out": tmp_path / "run"}
+    first = package.pretrain(settings)
+    data.unlink()
+    again = package.pretrain(settings)
+    assert again.exit_code == 0 and again.metrics == first.metrics
+    assert first.metrics["state_sha256"] == result["state_sha256"]
+
+
+def test_a_short_last_batch_is_trained_and_dropped_where_asked(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**tiny, "data": str(flat), "steps": None, "epochs": 2, "batch_size": 16}
+    assert package.pretrain({**settings, "out": tmp_path / "short"}).metrics["steps"] == 6
+    assert package.pretrain({**settings, "out": tmp_path / "drop", "drop_last": True}).metrics["steps"] == 4
+
+
+def test_the_micro_batch_may_change_when_a_run_goes_on(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, result: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the message of a run that is out of memory says."""
+    settings = {**tiny, "data": str(flat), "out": tmp_path / "run"}
+    assert package.pretrain({**settings, "stop_at": 6}).exit_code == 75
+    done = package.pretrain({**settings, "micro_batch": 2})
+    assert done.metrics["loss"] == pytest.approx(result["loss"], rel=1e-4)
+    assert "micro_batch 8 -> 2" in caplog.text
+
+
+def test_compile_without_a_compiler_says_what_to_install_and_leaves_nothing(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MaekitError, match=r"E-ENV-COMPILER.*apt-get install g\+\+, or --no-compile"):
+        package.pretrain({**tiny, "data": str(flat), "out": tmp_path / "run", "compile": True})
+    assert not (tmp_path / "run").exists()
+
+
 def test_workers_end_when_the_main_process_is_killed(
     background: Run, until: Run, words: list[str], tmp_path: Path
 ) -> None:
@@ -264,6 +341,22 @@ def test_two_processes_see_the_same_samples(
     done = maekit(*words, "--nproc", "2")
     assert done.code == 0, done.stderr
     assert done.json["loss"] == pytest.approx(result["loss"], rel=1e-4) and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_foreign_torchrun_sees_the_same_samples_also_in_a_short_batch(
+    maekit: Run, words: list[str], tmp_path: Path, processes: int
+) -> None:
+    """40 images in batches of 13: the fourth has one, so that all processes but one have none."""
+    words = [*words, "--batch-size", "13"]
+    alone = maekit(*words, "--out", tmp_path / "alone")
+    assert alone.code == 0, alone.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "maekit"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loss"] == pytest.approx(alone.json["loss"], rel=1e-4) and done.stdout.count("state_sha256") == 1
 
 
 @pytest.mark.slow
@@ -323,6 +416,31 @@ def test_init_goes_on_from_weights_of_encoder_and_decoder(
     assert start.exit_code == 0
     old, new = load_model(whole).state_dict(), load_model(tmp_path / "start").state_dict()
     assert old.keys() == new.keys() and all(torch.allclose(old[name], new[name]) for name in old)
+
+
+def test_init_from_an_encoder_alone_leaves_the_decoder_as_it_was_drawn(
+    whole: Path, flat: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**tiny, "data": str(flat), "steps": 1, "lr": 1e-30, "base_lr": None, "decoder_depth": 2}
+    start = package.pretrain({**settings, "out": tmp_path / "start", "init": whole / "encoder.safetensors"})
+    assert start.exit_code == 0
+    package.pretrain({**settings, "out": tmp_path / "cold"})
+    old, new, cold = (load_model(run) for run in (whole, tmp_path / "start", tmp_path / "cold"))
+    for model, other in ((new.encoder, old.encoder), (new.decoder, cold.decoder)):
+        assert all(torch.allclose(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_averaged_weights_are_kept_and_can_be_used(flat: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert package.pretrain({**tiny, "data": str(flat), "out": run, "ema": 0.5}).exit_code == 0
+    saved = checkpoint.newest(run / "checkpoints")
+    average = load_model(run / "encoder-ema.safetensors").encoder.state_dict()
+    assert saved is not None
+    for name, value in saved.tensors["ema"].items():
+        if name.startswith("encoder."):
+            assert torch.equal(average[name.removeprefix("encoder.")], value)
+    last = load_model(run / "encoder.safetensors").encoder.state_dict()
+    assert not torch.equal(average["blocks.0.mlp.fc1.weight"], last["blocks.0.mlp.fc1.weight"])
 
 
 def test_init_of_another_shape_is_refused(whole: Path, flat: Path, tiny: dict[str, Any], tmp_path: Path) -> None:

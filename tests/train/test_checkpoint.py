@@ -13,7 +13,7 @@ import torch
 
 from maekit.errors import MaekitError
 from maekit.train import checkpoint
-from maekit.train.checkpoint import load, newest, save, state_sha256
+from maekit.train.checkpoint import delete_leftovers, load, newest, save, state_sha256
 
 META = {"maekit": "{}"}
 
@@ -49,9 +49,10 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_newest_is_the_highest_step_not_the_latest_file(tmp_path: Path) -> None:
-    for step in (9, 100, 20):
-        write(tmp_path, step)
-    os.utime(tmp_path / "step-9" / "manifest.json")
+    for step in (9, 20, 100):
+        write(tmp_path, step, keep=3)
+    for name in ("step-9/manifest.json", "step-9"):
+        os.utime(tmp_path / name, (2e9, 2e9))
     found = newest(tmp_path)
     assert found is not None
     assert found.step == 100
@@ -61,6 +62,18 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-4"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_one_never_takes_the_place_of_a_good_one(tmp_path: Path, keep: int) -> None:
+    write(tmp_path, 4)
+    damaged = write(tmp_path, 9) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for step in (5, 6):
+        write(tmp_path, step, keep=keep)
+        found = newest(tmp_path)
+        assert found is not None and found.step == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5", "step-6"][-keep:]
 
 
 def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) -> None:
@@ -133,10 +146,10 @@ def test_leftovers_of_a_kill_are_deleted_at_the_next_start(tmp_path: Path, caplo
     write(tmp_path, 1)
     (tmp_path / ".tmp-123").mkdir()
     (tmp_path / ".tmp-123" / "model.safetensors").write_bytes(b"half")
-    found = newest(tmp_path)
-    assert found is not None
-    assert found.step == 1
-    assert not (tmp_path / ".tmp-123").exists()
+    newest(tmp_path)
+    assert (tmp_path / ".tmp-123").exists()  # who only reads leaves it: a save may be going on
+    delete_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert "interrupted save" in caplog.text
 
 

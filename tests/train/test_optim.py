@@ -45,6 +45,16 @@ def test_layer_decay_reaches_the_numbers_of_the_paper(name: str, decay: float, l
     assert scale["head.weight"] == scale["fc_norm.weight"] == 1.0
 
 
+def test_the_norm_before_the_class_tokens_head_has_the_heads_rate() -> None:
+    """Method 3.5: fc_norm, norm and head 1.0."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2, global_pool="token")
+    groups = finetune_groups(model, 0.05, 0.5)
+    scale = {n: g["lr_scale"] for g in groups for n in names(model, g)}
+    assert scale["norm.weight"] == scale["norm.bias"] == scale["head.weight"] == 1.0
+    assert scale["blocks.1.norm2.weight"] == 0.5
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
 def test_tokens_positions_and_vectors_do_not_decay_in_finetuning() -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2, reg_tokens=2)
     decays = {n: g["weight_decay"] for g in finetune_groups(model, 0.05, 0.75) for n in names(model, g)}

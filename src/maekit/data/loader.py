@@ -6,12 +6,13 @@ cut into global batches, each cut into one contiguous part per process and that 
 of workers, the number of processes and the step at which a run was stopped change no sample and no mask; a
 position is one number, the step. One DataLoader serves the whole run: workers start once, not once per epoch.
 
-An incomplete global batch at the end of an epoch is dropped (as in the official recipes); a set smaller than one
-batch is one short batch per epoch.
+An incomplete global batch at the end of an epoch is trained short, or with `drop_last` dropped (as in the official
+recipes); a set smaller than one batch is one short batch per epoch in any case.
 """
 
 import atexit
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -48,6 +49,12 @@ def auto_workers(num_images: int, size: tuple[int, int]) -> int:
     """Choose how many loader processes: none where decoding is nothing beside a process's start of seconds."""
     small = num_images * math.prod(size) < 20_000 * 64 * 64
     return 0 if small else min(8, max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 4))
+
+
+def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
+    """Return the global batches of an epoch; a set smaller than a batch is one."""
+    whole, rest = divmod(num_images, batch_size)
+    return max(1, whole if drop_last else whole + (rest > 0))
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -109,9 +116,6 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def __init__(self, loader: "Loader", start: int, stop: int) -> None:
         self.loader, self.start, self.stop = loader, start, stop
 
-    def __len__(self) -> int:
-        return sum(len(self.loader.parts(step)) for step in range(self.start, self.stop))
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.stop):
             yield from self.loader.parts(step)
@@ -124,7 +128,8 @@ class Loader:
         source: images by index, with ids and labels.
         view: one decoded (C, H, W) image to one of the model's size.
         batch_size: global batch, all processes and accumulation steps.
-        micro_batch: images per process and pass; divides ``batch_size / world``.
+        micro_batch: images per process and pass; the last pass of a step may have fewer.
+        drop_last: leave the images of an incomplete batch at the end of an epoch out; otherwise it is a short one.
         mean: per channel, of values in 0..1; subtracted on the device.
         std: per channel, divides on the device.
         num_noise: length of each sample's "noise": the number of patches, 0 where nothing is masked.
@@ -141,6 +146,7 @@ class Loader:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         seed: int = 0,
+        drop_last: bool = False,
         num_noise: int = 0,
         workers: int = 0,
         device: torch.device | str = "cpu",
@@ -159,34 +165,50 @@ class Loader:
         self.bad: dict[str, str] = {}
         self.seen = 0
         self.bad_log = bad_log
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches per epoch; the incomplete one at the end is dropped."""
-        return len(self.source) // self.batch_size
+        self.steps_per_epoch = steps_per_epoch(len(source), batch_size, drop_last)
+        self._orders: dict[int, list[int]] = {}
 
     def order(self, epoch: int) -> list[int]:
         """Return the permutation of sample indices of one epoch: a function of (seed, epoch)."""
-        if self._order[0] != epoch:
+        if epoch not in self._orders:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._order = epoch, torch.randperm(len(self.source), generator=generator).tolist()
-        return self._order[1]
+            order = torch.randperm(len(self.source), generator=generator).tolist()
+            self._orders = {epoch: order}  # the only one that is asked for again
+        return self._orders[epoch]
+
+    def _share(self, step: int) -> tuple[int, int, int, int]:
+        """Return epoch, first and end of the global batch in its order, and that batch's size."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        first = at * self.batch_size
+        end = min(first + self.batch_size, len(self.source))
+        return epoch, first, end, end - first
+
+    def sizes(self, step: int) -> tuple[int, int]:
+        """Return the images of a step's global batch and of this process's share of it, which may be none."""
+        *_, whole = self._share(step)
+        return whole, (self.rank + 1) * whole // self.world - self.rank * whole // self.world
 
     def parts(self, step: int) -> list[list[tuple[int, int]]]:
-        """Return this process's micro-batches of `step`, as lists of (epoch, index)."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
-        first = self.rank * len(chosen) // self.world
-        last = (self.rank + 1) * len(chosen) // self.world
-        mine = [(epoch, index) for index in chosen[first:last]]
+        """Return this process's micro-batches of `step`, as lists of (epoch, index).
+
+        At least one of one image: where the share is empty it is another process's, to be weighed with 0.
+        """
+        epoch, start, end, whole = self._share(step)
+        chosen = self.order(epoch)[start:end]
+        first, last = self.rank * whole // self.world, (self.rank + 1) * whole // self.world
+        mine = [(epoch, index) for index in chosen[first:last] or chosen[:1]]
         return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield, for each step of ``start..stop-1``, this process's micro-batches in order."""
+    def steps(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
+        """Yield, for each step of ``start..stop-1``, this process's micro-batches in order.
+
+        A micro-batch is put on the device when it is asked for, so that accumulation costs no memory; those of a step
+        must all be taken before the next step.
+        """
         batches = self._batches(StepSampler(self, start, stop))
         for step in range(start, stop):
-            yield [next(batches) for _ in self.parts(step)]
+            count = math.ceil(max(1, self.sizes(step)[1]) / self.micro_batch)
+            yield itertools.islice(batches, count)
 
     def sweep(self) -> Iterator[Batch]:
         """Yield every sample of this process's share exactly once, in order, for evaluation and features.
@@ -331,7 +353,8 @@ def _start_server() -> None:
 
 def _list_once(path: Path, name: str, reason: str) -> None:
     """Add an unreadable image to the list of the run, unless an earlier launch or another process has."""
-    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not any(line.startswith(json.dumps({"id": name})[:-1] + ",") for line in known):
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"id": name, "reason": reason}) + "\n")
+    with contextlib.suppress(OSError):  # a full disk stops no training; the line is in the log too
+        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if not any(line.startswith(json.dumps({"id": name})[:-1] + ",") for line in known):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": name, "reason": reason}) + "\n")

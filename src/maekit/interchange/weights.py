@@ -169,6 +169,15 @@ def load_model(path: str | Path, *, random_init: bool = False) -> MaskedAutoenco
     return model
 
 
+def holds_decoder(path: str | Path) -> bool:
+    """Say whether `load_model` finds a decoder there, or draws one anew.
+
+    Raises:
+        MaekitError: as `load_model`.
+    """
+    return _read(Path(path)).header.kind == "mae"
+
+
 def load_classifier(path: str | Path) -> Classifier:
     """Load what ``maekit finetune`` made, on the CPU.
 
@@ -247,24 +256,14 @@ def _read(path: Path) -> Weights:
 
 
 def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
-    """Read the checkpoint in a folder, or the newest that verifies of a run.
-
-    Not `checkpoint.newest`, which tidies up: the run may be in the middle of a save in another process.
-    """
+    """Read the checkpoint in a folder, or the newest that verifies of a run."""
     if (folder / checkpoint.MANIFEST).exists():
         return checkpoint.load(folder)
-    steps = [p for p in folder.glob("checkpoints/step-*") if p.name.removeprefix("step-").isdecimal()]
-    for path in sorted(steps, key=lambda p: int(p.name.removeprefix("step-")), reverse=True):
-        try:
-            found = checkpoint.load(path)
-        except MaekitError as error:
-            if error.code == "E-CKPT-FORMAT":
-                raise
-            log.warning("checkpoint passed over: %s", error)
-        else:
-            log.info("weights of step %d from %s", found.step, path)
-            return found
-    raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=SUPPORTED)
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=SUPPORTED)
+    log.info("weights of step %d from %s", found.step, found.path)
+    return found
 
 
 def _open(path: Path, with_tensors: bool) -> tuple[dict[str, str], Tensors]:

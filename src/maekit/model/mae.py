@@ -20,7 +20,7 @@ from maekit.errors import MaekitError
 from maekit.model.decoder import Decoder
 from maekit.model.encoder import create_encoder, encode
 from maekit.model.masking import Masking, given_masking, len_keep, random_masking
-from maekit.model.patches import patchify
+from maekit.model.patches import patchify, resample_positions
 from maekit.model.targets import TARGETS, reconstruction_loss, target_of
 
 Statistics = Sequence[float]
@@ -178,12 +178,15 @@ class MaskedAutoencoder(nn.Module):
                     found=f"shape {tuple(given.shape)}",
                     expected=f"(B, N) = {shape}",
                 )
+        if mask is not None and (mask.dtype != torch.bool or noise is not None):
+            found = "together with noise" if noise is not None else f"dtype {mask.dtype}"
+            raise MaekitError(
+                "E-CONFIG-MASK", "argument mask", found=found, expected="bool, True = removed, and no noise"
+            )
+        if generator is not None and (mask is not None or noise is not None):
+            given = "mask" if mask is not None else "noise"
+            raise MaekitError("E-CONFIG-MASK", "argument generator", found=f"{given} as well", expected="one of them")
         if mask is not None:
-            if mask.dtype != torch.bool or noise is not None:
-                found = "together with noise" if noise is not None else f"dtype {mask.dtype}"
-                raise MaekitError(
-                    "E-CONFIG-MASK", "argument mask", found=found, expected="bool, True = removed, and no noise"
-                )
             return given_masking(mask.to(images.device))
         keep = len_keep(self.num_patches, mask_ratio)
         if noise is None:
@@ -277,26 +280,23 @@ def create_model(
     return MaskedAutoencoder(encoder, decoder, target, spec)
 
 
-class Parameters(NamedTuple):
-    """Numbers of parameters, as the paper's sizes are given.
+def at_size(model: MaskedAutoencoder, img_size: int | Sequence[int]) -> MaskedAutoencoder:
+    """Return the same weights for images of another size; the encoder's positions are resampled (official fine-tuning).
 
-    Attributes:
-        encoder: trainable.
-        decoder: trainable.
-        fixed: position tables of both.
+    Args:
+        model: stays as it is.
+        img_size: side in pixels, or H and W; multiples of the patch side.
+
+    Raises:
+        MaekitError: E-CONFIG-SIZE.
     """
-
-    encoder: int
-    decoder: int
-    fixed: int
-
-
-def count_parameters(model: MaskedAutoencoder) -> Parameters:
-    """Count trainable parameters of encoder and decoder, and the fixed ones."""
-    encoder, decoder = (
-        sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model.encoder, model.decoder)
-    )
-    return Parameters(encoder, decoder, sum(p.numel() for p in model.parameters() if not p.requires_grad))
+    spec: dict[str, Any] = {**model.spec, "img_size": list(_image_size(img_size))}
+    other = create_model(**spec)
+    weights = model.state_dict()
+    weights["encoder.pos_embed"] = resample_positions(weights["encoder.pos_embed"], model.grid, other.grid)
+    weights["decoder.pos_embed"] = other.state_dict()["decoder.pos_embed"]
+    other.load_state_dict(weights)
+    return other.train(model.training)
 
 
 def check_pool(encoder: VisionTransformer, pool: str, also: tuple[str, ...] = ()) -> None:

@@ -8,6 +8,7 @@ B batch, C channels, H W pixels, P patch side, N patches, D token width.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Pair = tuple[int, int]
 
@@ -60,6 +61,18 @@ def sincos_2d(dim: int, grid: Pair, prefix: int = 0) -> Tensor:
     y = _sincos_1d(torch.arange(rows, dtype=torch.float64), omega)
     table = torch.cat([x.expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)], dim=2).reshape(-1, dim)
     return torch.cat([table.new_zeros(prefix, dim), table]).float()
+
+
+def resample_positions(table: Tensor, old: Pair, new: Pair) -> Tensor:
+    """Return positions (1, prefix + N, D) of another grid: bicubic, the rows of the prefix kept.
+
+    As official util/pos_embed.py, interpolate_pos_embed: bicubic, align_corners False, no antialiasing.
+    """
+    prefix = table.shape[1] - old[0] * old[1]
+    first, places = table[:, :prefix], table[:, prefix:]
+    grid = places.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _sincos_1d(positions: Tensor, omega: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ def extract(
         rank=world.rank,
         world=world.size,
     )
-    values, labels, index = [], [], []
+    width, tokens = model.encoder.embed_dim, model.encoder.num_prefix_tokens + model.num_patches
+    none = torch.zeros(0, dtype=torch.long)  # a process may have no image
+    values, labels, index = [torch.zeros((0, tokens, width) if pool == "tokens" else (0, width))], [none], [none]
     for batch in tqdm(loader.sweep(), title, unit="batch", disable=not sys.stderr.isatty(), leave=False):
         values.append(model.features(batch["images"], pool=pool).float().cpu())
         labels.append(batch["labels"].cpu())

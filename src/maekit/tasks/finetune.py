@@ -17,12 +17,12 @@ from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model, metadata
 from maekit.model.encoder import geometry
 from maekit.model.heads import classifier
-from maekit.model.mae import MaskedAutoencoder, create_model
+from maekit.model.mae import MaskedAutoencoder, at_size, create_model
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
-from maekit.tasks.run_folder import Run, begun, finish, open_run, stopped, typed
+from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import (
     Statistics,
     channels_of,
@@ -57,12 +57,8 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
     if (result := spread(settings, finetune, splits)) is not None:
         return result
     with world(settings.device) as here:
-        train, val = splits or labelled_splits(settings)
         run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
-        if run.result is not None:
-            return Result(run.result, f"{run.path} is finished: nothing to do")
-        with begun(run):
-            return _train(settings, train, val, run, here)
+        return carry_out(run, lambda: _train(settings, *(splits or labelled_splits(settings)), run, here))
 
 
 def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World) -> Result:
@@ -77,14 +73,15 @@ def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World
     )
     resolved = prepare(
         run, settings, settings, train, here,
-        num_patches=origin.num_patches, channels=len(origin.mean), statistics=statistics, classes=train.classes,
+        num_patches=origin.num_patches, width=origin.encoder.embed_dim, channels=len(origin.mean),
+        statistics=statistics, classes=train.classes,
     )  # fmt: skip
     origin.set_statistics(resolved.mean, resolved.std)
     model.to(here.device).train()
 
     view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
     loader = train_loader(
-        train, view, settings.batch_size, resolved, here, run,
+        train, view, settings, resolved, here, run,
         size=origin.img_size, seed=settings.seed, workers=settings.workers,
     )  # fmt: skip
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
@@ -129,8 +126,10 @@ def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World
 def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Statistics | None]:
     """Return the model whose architecture and, unless from scratch, weights are taken, and its statistics.
 
+    An image size other than the weights' resamples their positions (official interpolate_pos_embed).
+
     Raises:
-        MaekitError: E-USAGE-RUN without a start, E-CONFIG-SIZE for another image size than the weights'.
+        MaekitError: E-USAGE-RUN without a start, E-CONFIG-RUN for another architecture than the weights'.
     """
     if settings.run is None and not settings.from_scratch:
         raise MaekitError(
@@ -149,6 +148,8 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
         return model, None
     model = load_model(settings.run)
     _same_architecture(settings, model)
+    if settings.img_size is not None and settings.img_size != model.img_size:
+        model = at_size(model, settings.img_size)
     return model, (model.mean, model.std)
 
 
@@ -160,7 +161,6 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
     encoder = model.encoder
     has = {
         "model": model.spec["name"],
-        "img_size": model.img_size,
         "channels": encoder.in_chans,
         "patch_size": model.patch,
         "embed_dim": encoder.embed_dim,
@@ -199,9 +199,11 @@ def supervised_step(settings: Finetune, num_classes: int, device: torch.device) 
         images, labels = batch["images"], batch["labels"]
         if erase is not None:
             images = erase(images)
-        if mixes and len(images) % 2 == 0:  # timm mixes a batch with its own reverse
-            images, targets = mixup(images, labels)
-            return {"loss": F.cross_entropy(module(images), targets)}
+        if mixes:
+            # timm mixes a batch with its own reverse and wants an even number; twice the batch gives the same pairs
+            count, times = len(images), 1 + len(images) % 2
+            images, targets = mixup(images.repeat(times, 1, 1, 1), labels.repeat(times))
+            return {"loss": F.cross_entropy(module(images[:count]), targets[:count])}
         return {"loss": F.cross_entropy(module(images), labels, label_smoothing=settings.label_smoothing)}
 
     return step
@@ -233,13 +235,17 @@ def scorer(
     )
 
     def evaluate(model: nn.Module) -> Iterator[tuple[str, float]]:
-        right, lost = [], []
+        rows = [torch.zeros(0, 3, dtype=torch.double)]  # id, right, loss; a process may have none
         for batch in loader.sweep():
             with autocast(precision, here.device):
                 logits = model(batch["images"]).float()
-            right.append((logits.argmax(1) == batch["labels"]).cpu())
-            lost.append(F.cross_entropy(logits, batch["labels"], reduction="none").cpu())
-        yield "val/top1", float(here.gather(torch.cat(right)).double().mean())
-        yield "val/loss", float(here.gather(torch.cat(lost)).double().mean())
+            lost = F.cross_entropy(logits, batch["labels"], reduction="none")
+            found = (batch["ids"], logits.argmax(1) == batch["labels"], lost)
+            rows.append(torch.stack([column.double().cpu() for column in found], 1))
+        # an image that stood in for an unreadable one counts once
+        by_id = {int(row[0]): row for row in here.gather(torch.cat(rows))}
+        _, right, lost = torch.stack(list(by_id.values())).unbind(1)
+        yield "val/top1", float(right.mean())
+        yield "val/loss", float(lost.mean())
 
     return evaluate

@@ -10,15 +10,16 @@ from maekit.data.augment import EvalView, PretrainView, default_crop_pct
 from maekit.data.loader import Batch, Loader
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
-from maekit.interchange.weights import load_model, metadata, save_encoder
+from maekit.interchange.weights import holds_decoder, load_model, metadata, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep
 from maekit.report.pretraining import pretrain_report
 from maekit.seeds import seed_all
 from maekit.settings import Pretrain
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Run, begun, finish, open_run, stopped, typed
+from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, spread, train_loader
+from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
 from maekit.train.optim import adamw, pretrain_groups
@@ -44,12 +45,8 @@ def pretrain(settings: Pretrain | dict[str, Any], dataset: Any = None) -> Result
     if (result := spread(settings, pretrain, dataset)) is not None:
         return result
     with world(settings.device) as here:
-        source = _source(settings, dataset)
         run = open_run(settings.out or default_out("pretrain", settings.data), "pretrain", settings)
-        if run.result is not None:
-            return Result(run.result, f"{run.path} is finished: nothing to do")
-        with begun(run):
-            return _train(settings, source, run, here)
+        return carry_out(run, lambda: _train(settings, _source(settings, dataset), run, here))
 
 
 def _source(settings: Pretrain, dataset: Any) -> Source:
@@ -67,17 +64,18 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     model = new_model(settings, channels)
     len_keep(model.num_patches, settings.mask_ratio)  # refused before anything is read or written
     if settings.init is not None:
-        start_from(model, load_model(settings.init))
+        start_from(model, load_model(settings.init), with_decoder=holds_decoder(settings.init))
     resolved = prepare(
         run, settings, settings, source, here,
-        num_patches=model.num_patches, channels=channels, statistics=_statistics(settings, channels),
+        num_patches=model.num_patches, width=model.encoder.embed_dim, channels=channels,
+        statistics=_statistics(settings, channels),
     )  # fmt: skip
     model.set_statistics(resolved.mean, resolved.std)
     model.to(here.device).train()
 
     view = PretrainView(settings.img_size, settings.crop_scale, settings.flip)
     loader = train_loader(
-        source, view, settings.batch_size, resolved, here, run,
+        source, view, settings, resolved, here, run,
         size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches,
     )  # fmt: skip
     plan = Plan(
@@ -108,9 +106,19 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     if here.is_main:
         save_encoder(model, run.path / "encoder.safetensors")
         pretrain_report(run.path, model.eval(), some_images(source, model), settings.seed)
+        if settings.ema:
+            _save_average(model, run)
         finish(run, metrics)
     here.barrier()
     return Result(metrics, f"{run.path}: {outcome.step} steps, loss {outcome.loss:.4f}; look at {run.path}/report.html")
+
+
+def _save_average(model: MaskedAutoencoder, run: Run) -> None:
+    """Write ``encoder-ema.safetensors`` beside the encoder of the last step."""
+    saved = newest(run.path / "checkpoints")
+    assert saved is not None
+    model.load_state_dict(saved.tensors["ema"], strict=False)  # all but the fixed tables
+    save_encoder(model, run.path / "encoder-ema.safetensors")
 
 
 def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
@@ -132,14 +140,18 @@ def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
     )
 
 
-def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder) -> None:
+def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder: bool) -> None:
     """Take weights over, encoder and decoder; the fixed position tables stay those of the new image size.
+
+    Args:
+        with_decoder: False: the decoder of `old` was not in its file, and that of `model` stays as it was drawn.
 
     Raises:
         MaekitError: E-CKPT-MODEL if a tensor does not fit.
     """
     mine, theirs = model.state_dict(), old.state_dict()
     learned = [name for name in mine if not name.endswith("pos_embed")]
+    learned = [name for name in learned if with_decoder or name.startswith("encoder.")]
     wrong = [name for name in learned if name not in theirs or theirs[name].shape != mine[name].shape]
     if wrong:
         found = f"{wrong[0]} missing or of another shape" + (f", and {len(wrong) - 1} more" if wrong[1:] else "")

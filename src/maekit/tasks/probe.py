@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from maekit.data.augment import FinetuneView
 from maekit.data.loader import Batch
-from maekit.data.sources import Source
 from maekit.interchange.weights import metadata
 from maekit.model.heads import LinearHead
 from maekit.model.mae import MaskedAutoencoder
@@ -22,7 +21,7 @@ from maekit.settings import Loop, Probe
 from maekit.tasks import Result
 from maekit.tasks.features import Features, extract, labelled_splits, load_encoder
 from maekit.tasks.finetune import scorer
-from maekit.tasks.run_folder import finish, open_run, stopped, typed, write_json
+from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed, write_json
 from maekit.tasks.training import default_out, prepare, say_what_runs, train_loader
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
@@ -41,12 +40,15 @@ def probe(settings: Probe | dict[str, Any]) -> Result:
     """
     settings = typed(Probe, settings)
     with world(settings.device) as here:
+        if settings.protocol == "lars":
+            run = open_run(settings.out or default_out("probe", settings.data), "probe", settings)
+            return carry_out(run, lambda: _lars(settings, run, here))
         train, val = labelled_splits(settings)
         model = load_encoder(settings, here)
-        if settings.protocol == "lars":
-            return _lars(settings, model, train, val, here)
         parts = [
-            extract(model, part, here, pool=settings.pool, workers=settings.workers, title=f"features of {name}")
+            extract(
+                model, part, here, pool=settings.pool or "mean", workers=settings.workers, title=f"features of {name}"
+            )
             for name, part in (("train", train), ("val", val))
         ]
     top1, strength = logistic_top1(*parts, seed=settings.seed)
@@ -108,27 +110,28 @@ class Probed(nn.Module):
         return self.head(self.model.features(images, pool=self.pool))
 
 
-def _lars(settings: Probe, model: MaskedAutoencoder, train: Source, val: Source, here: World) -> Result:
+def _lars(settings: Probe, run: Run, here: World) -> Result:
     """Train the head on the one loop as in the paper: LARS, no decay, 10 epochs of warm-up, crops and flips."""
-    run = open_run(settings.out or default_out("probe", settings.data), "probe", settings)
-    if run.result is not None:
-        return Result(run.result, f"{run.path} is finished: nothing to do")
+    train, val = labelled_splits(settings)
+    model = load_encoder(settings, here)
+    pool = settings.pool or ("cls" if model.encoder.has_class_token else "mean")
     loop = Loop(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         base_lr=settings.base_lr,
         warmup_epochs=min(10, settings.epochs / 9),
         weight_decay=0,
+        drop_last=True,
     )
     resolved = prepare(
         run, settings, loop, train, here,
-        num_patches=model.num_patches, channels=len(model.mean), statistics=(model.mean, model.std),
-        classes=train.classes,
+        num_patches=model.num_patches, width=model.encoder.embed_dim, channels=len(model.mean),
+        statistics=(model.mean, model.std), classes=train.classes,
     )  # fmt: skip
     seed_all(settings.seed)
-    probed = Probed(model, len(train.classes or []), settings.pool).to(here.device).train()
+    probed = Probed(model, len(train.classes or []), pool).to(here.device).train()
     loader = train_loader(
-        train, FinetuneView(model.img_size), settings.batch_size, resolved, here, run,
+        train, FinetuneView(model.img_size), loop, resolved, here, run,
         size=model.img_size, seed=settings.seed, workers=settings.workers,
     )  # fmt: skip
     plan = Plan(

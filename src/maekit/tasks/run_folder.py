@@ -7,10 +7,14 @@ numbers must be the same.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +26,11 @@ from maekit.errors import MaekitError
 from maekit.report.files import write_whole
 from maekit.settings import Settings
 from maekit.tasks import Result
+from maekit.train import checkpoint
 
 log = logging.getLogger("maekit")
 S = TypeVar("S", bound=Settings)
+LOCK = ".lock"
 
 
 class Resolved(BaseModel):
@@ -50,7 +56,6 @@ class Run:
     """
 
     path: Path
-    verb: str
     resolved: Resolved | None
     result: dict[str, Any] | None
     made: bool = False
@@ -70,11 +75,10 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     """
     if path.exists() and not path.is_dir():
         raise MaekitError("E-CONFIG-OUT", f"--out {path}", found="a file", expected="a folder, or nothing yet")
-    _delete_leftovers(path)
     file = path / "config.yaml"
     if file.exists():
         return _reopen(path, verb, settings, file)
-    if path.exists() and any(not entry.name.startswith(".tmp-") for entry in path.iterdir()):
+    if path.exists() and any(not entry.name.startswith((".tmp-", LOCK)) for entry in path.iterdir()):
         raise MaekitError(
             "E-CONFIG-OUT",
             f"--out {path}",
@@ -92,36 +96,95 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
         raise MaekitError(
             "E-ENV-OUT", f"--out {path}", found=error.strerror or error, expected="a writable folder"
         ) from error
-    return Run(path, verb, None, None, made)
+    return Run(path, None, None, made)
 
 
-@contextlib.contextmanager
-def begun(run: Run) -> Iterator[None]:
-    """Take a new folder away again if the block fails before it has begun: a mistake leaves no trace."""
+def carry_out(run: Run, work: Callable[[], Result]) -> Result:
+    """Do the work of an open run, or nothing if it is finished.
+
+    A mistake before the run has begun leaves no folder. The training loop minds signals itself; one that comes before
+    or after it ends the run in the same way: exit code 75 if there is a checkpoint to go on from.
+
+    Raises:
+        MaekitError: E-ENV-BUSY if another process is at work in the folder, and whatever `work` raises.
+    """
+    if run.result is not None:
+        return Result(run.result, f"{run.path} is finished: nothing to do")
     try:
-        yield
+        with _alone(run.path), _signals_interrupt():
+            return work()
+    except (KeyboardInterrupt, SystemExit):
+        saved = checkpoint.newest(run.path / "checkpoints")
+        if saved is None:
+            _take_away(run)
+            raise
+        return stopped({"run": str(run.path), "steps": saved.step, "state_sha256": saved.sha256()})
     except BaseException:
-        if run.made and not (run.path / "config.yaml").exists():
-            with contextlib.suppress(OSError):
-                run.path.rmdir()
+        _take_away(run)
         raise
 
 
-def _delete_leftovers(path: Path) -> None:
-    """Delete what a kill left half written, in one process only."""
-    if os.environ.get("RANK", "0") == "0":
+def _take_away(run: Run) -> None:
+    if run.made and not (run.path / "config.yaml").exists():
+        with contextlib.suppress(OSError):
+            run.path.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system gives back however the process ends; tidy up what a kill left."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    file = path / LOCK
+    with file.open("a+", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            raise MaekitError(
+                "E-ENV-BUSY",
+                f"--out {path}",
+                found=f"another process at work: {held.read(200) or 'just started'}",
+                expected="one at a time",
+                hint="wait for it, or another --out",
+            ) from None
+        held.truncate(0)
+        held.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        held.flush()
         for leftover in path.glob(".tmp-*"):
             with contextlib.suppress(OSError):
                 leftover.unlink()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end the block as ctrl-C does, by an exception; the shell sees 128 + their number."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    try:
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
+            before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGTERM, signal.SIGUSR1)}
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
     header = load_yaml(file)
-    if header.get("verb") != verb:
+    if header.get("verb") != verb or "resolved" not in header:
         raise MaekitError(
             "E-CONFIG-RUN",
             f"--out {path}",
-            found=f"a run of {header.get('verb')}",
+            found=f"a run of {header.get('verb')}" if header.get("verb") != verb else "a config.yaml of no run",
             expected=f"a run of {verb}",
             hint="another --out",
         )
@@ -141,7 +204,7 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
         )
     result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
     log.info("%s: %s", path, "finished already, nothing to do" if result else "an unfinished run is here, going on")
-    return Run(path, verb, Resolved.model_validate(header["resolved"]), result)
+    return Run(path, Resolved.model_validate(header["resolved"]), result)
 
 
 def describe(run: Run, settings: Settings, resolved: Resolved) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from maekit.data.check import check
 from maekit.data.image import read_image
-from maekit.data.loader import Loader, View, auto_workers
+from maekit.data.loader import Loader, View, auto_workers, steps_per_epoch
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.settings import Loop, Settings
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, same_data
-from maekit.train.device import World, launch, resolve_precision
+from maekit.train.device import World, check_compiler, launch, resolve_precision
 from maekit.train.schedule import schedule
 
 log = logging.getLogger("maekit")
@@ -49,6 +49,7 @@ def prepare(
     world: World,
     *,
     num_patches: int,
+    width: int,
     channels: int,
     statistics: Statistics | None = None,
     classes: list[str] | None = None,
@@ -61,19 +62,24 @@ def prepare(
         settings: the verb's, for config.yaml.
         loop: batch sizes and precision.
         num_patches: per image, for ``micro_batch: auto``.
+        width: of the encoder, for ``precision: auto``.
         statistics: mean and std to use in place of measured ones.
 
     Raises:
-        MaekitError: E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION.
+        MaekitError: E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION,
+            E-ENV-COMPILER.
     """
     fingerprint = source.fingerprint()
     same_data(run, len(source), fingerprint)
-    if run.resolved is not None:
-        return run.resolved
     batch = min(loop.batch_size, len(source))
+    if loop.compile:
+        check_compiler(world.device)
+    if run.resolved is not None:
+        return _again(run.resolved, loop, batch, world, num_patches)
     parts = micro_batch(loop, batch, world.size, num_patches)
-    schedule(loop, len(source) // batch, batch)  # what is wrong with it is said before anything is read
-    precision = resolve_precision(loop.precision, world.device)
+    in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
+    schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
+    precision = resolve_precision(loop.precision, world.device, width)
     report = check(source, channels=channels)
     mean, std = statistics or (report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std))
     resolved = Resolved(
@@ -89,16 +95,27 @@ def prepare(
         log.warning(
             "%d images are fewer than a batch of %d: every epoch is one short batch", len(source), loop.batch_size
         )
+    elif loop.drop_last and len(source) % batch:
+        log.info("%d images of every epoch are left out: they fill no batch (drop_last)", len(source) % batch)
     world.barrier()  # all have looked into the folder before one writes
     if world.is_main:
         describe(run, settings, resolved)
     return resolved
 
 
+def _again(resolved: Resolved, loop: Loop, batch: int, world: World, num_patches: int) -> Resolved:
+    """Return what was decided, with another ``micro_batch`` where one is asked for: the samples stay the same."""
+    if loop.micro_batch in ("auto", resolved.micro_batch):
+        return resolved
+    parts = micro_batch(loop, batch, world.size, num_patches)
+    log.warning("not bit-exact: micro_batch %d -> %d", resolved.micro_batch, parts)
+    return resolved.model_copy(update={"micro_batch": parts})
+
+
 def train_loader(
     source: Source,
     view: View,
-    batch_size: int,
+    loop: Loop,
     resolved: Resolved,
     world: World,
     run: Run,
@@ -112,8 +129,9 @@ def train_loader(
     return Loader(
         source,
         view,
-        batch_size=batch_size,
+        batch_size=loop.batch_size,
         micro_batch=resolved.micro_batch,
+        drop_last=loop.drop_last,
         mean=resolved.mean,
         std=resolved.std,
         seed=seed,

@@ -45,6 +45,14 @@ class Checkpoint:
     tensors: dict[str, Tensors]
     state: dict[str, Any]
 
+    def sha256(self) -> str:
+        """Return the digest of what decides the future: all tensors, the step and the loss scaler."""
+        return state_sha256(self.tensors, {name: self.state[name] for name in DECIDING})
+
+
+DECIDING = ("step", "scaler")
+"""What of the state enters its digest: the losses waiting for a log line do not."""
+
 
 def state_sha256(tensors: dict[str, Tensors], state: dict[str, Any]) -> str:
     """Digest all tensors by sorted name with dtype and shape, then the state; equal exactly when bit-identical."""
@@ -86,7 +94,9 @@ def save(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _cannot_write(folder, tensors, error) from error
-    for old in _steps(folder)[keep:]:
+    others = _steps(folder)
+    later = [path for path in others if _number(path) > step]  # none verified, or the run would have gone on from it
+    for old in later + [path for path in others if path not in later][keep:]:
         _delete(old)
     return final
 
@@ -126,10 +136,13 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Return the highest step that verifies; skip damaged ones with a line each, delete leftovers of a kill."""
-    for leftover in folder.glob(".tmp-*"):
-        log.warning("deleted the rest of an interrupted save: %s", leftover.name)
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Return the highest step that verifies; pass over damaged ones with a line each.
+
+    Changes nothing on the disk: another process may be in the middle of a save.
+
+    Raises:
+        MaekitError: E-CKPT-FORMAT if a newer maekit wrote it.
+    """
     for path in _steps(folder):
         try:
             return load(path)
@@ -140,10 +153,21 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Delete what a kill in the middle of a save left; only for the one process that may write here."""
+    for leftover in folder.glob(".tmp-*"):
+        log.warning("deleted the rest of an interrupted save: %s", leftover.name)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _steps(folder: Path) -> list[Path]:
     """Return the ``step-N`` folders, newest first by number."""
     found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
@@ -189,23 +213,16 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
     needed = sum(v.numel() * v.element_size() for named in tensors.values() for v in named.values())
     try:
         free = f", {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
-        remains = next(iter(_valid(folder)), None)
-    except OSError:
+        remains = newest(folder)
+    except (OSError, MaekitError):
         free, remains = "", None
     what = f"cannot save a checkpoint in {folder}"
     found = f"{error.strerror or error} ({needed / 1e6:,.0f} MB needed{free})"
     if remains is None:
         return MaekitError("E-ENV-DISK", what, found=found, hint="free some space; nothing had been saved yet")
     return MaekitError(
-        "E-STOP-DISK", what, found=found, hint=f"free some space, then the same command goes on from {remains.name}"
+        "E-STOP-DISK",
+        what,
+        found=found,
+        hint=f"free some space, then the same command goes on from {remains.path.name}",
     )
-
-
-def _valid(folder: Path) -> list[Path]:
-    """Return the newest verified checkpoint's path, in a list of one or none."""
-    for path in _steps(folder):
-        try:
-            return [load(path).path]
-        except MaekitError:
-            continue
-    return []

@@ -27,8 +27,9 @@ class Log:
         self.began = self.spoke = time.monotonic()
         self.broken = False
         self.before = self._drop_after(start)
+        self.board: SummaryWriter | None = None
         with contextlib.suppress(OSError):
-            self.board: SummaryWriter | None = SummaryWriter(str(run / "events"), purge_step=start or None)
+            self.board = SummaryWriter(str(run / "events"), purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def _drop_after(self, step: int) -> float:
@@ -36,9 +37,10 @@ class Log:
         if not self.path.exists():
             return 0.0
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        temporary = self.path.with_name(".tmp-metrics")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self.path)
+        with contextlib.suppress(OSError):
+            temporary = self.path.with_name(".tmp-metrics")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(temporary, self.path)
         return max((record.get("time", 0.0) for record in kept), default=0.0)
 
     def rate(self, step: int) -> float:

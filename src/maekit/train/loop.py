@@ -3,7 +3,8 @@
 ``fit`` knows a module, a step function (module, batch) -> {"loss": ...}, a loader whose position is a step number,
 an optimizer and a plan. All state that decides the future is in the checkpoint: weights, optimizer, average,
 scaler, step and the losses not yet logged. Drop path, mixup and erasing draw from generators seeded with
-(seed, step, rank) before each step. So a run that was stopped anywhere and goes on ends with the same bits.
+(seed, step, rank, number of the pass) before each pass. So a run that was stopped anywhere and goes on ends with the
+same bits.
 
 The device is not waited for in a step: losses stay on it until a log line is due.
 """
@@ -11,7 +12,6 @@ The device is not waited for in a step: losses stay on it until a log line is du
 import contextlib
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from maekit.train import checkpoint
 from maekit.train.device import World
 from maekit.train.log import Log
 from maekit.train.schedule import Schedule
-from maekit.train.state import Average, State
+from maekit.train.state import DIVERGED, Average, State
 
 log = logging.getLogger("maekit")
 
@@ -44,9 +44,14 @@ class Batches(Protocol):
     """What the loop needs of a loader (`maekit.data.loader.Loader`)."""
 
     batch_size: int
+    micro_batch: int
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each step."""
+    def steps(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
+        """Yield, for each step, its micro-batches; one at a time is on the device."""
+        ...
+
+    def sizes(self, step: int) -> tuple[int, int]:
+        """Return the images of a step's global batch and of this process's share of it."""
         ...
 
 
@@ -148,13 +153,15 @@ def fit(
         evaluate: yields (name, score) of a model in eval mode; its scores are logged as ("val/top1", 0.812).
 
     Raises:
-        MaekitError: E-NUM-LOSS (loss not finite), E-CKPT-... (the run's checkpoint cannot be taken over),
-            E-STOP-DISK / E-ENV-DISK (saving failed), E-ENV-COMPILER, E-ENV-MEMORY.
+        MaekitError: E-NUM-LOSS and E-NUM-WEIGHTS (not finite), E-CKPT-... (the run's checkpoint cannot be taken over),
+            E-STOP-DISK / E-ENV-DISK (saving failed), E-STOP-MEMORY / E-ENV-MEMORY.
     """
     settings, schedule = plan.settings, plan.schedule
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
     state = State(model, optimizer, scaler, Average(model, settings.ema) if settings.ema else None)
     folder = run / "checkpoints"
+    if world.is_main:
+        checkpoint.delete_leftovers(folder)
     saved = checkpoint.newest(folder)
     if saved is not None:
         state.restore(saved)
@@ -178,13 +185,15 @@ def fit(
                 f"loss of step {at}",
                 found=state.window[bad],
                 expected="a finite number",
-                hint="a lower --base-lr or --clip-grad 1; the last checkpoint is untouched",
+                hint=DIVERGED,
             )
 
     def save() -> None:
         nonlocal saved_at
         flush()
+        world.share_buffers(model)
         if world.is_main and saved_at != state.step:
+            state.check_finite()
             checkpoint.save(
                 folder, state.step, state.tensors(), state.numbers(), metadata=plan.metadata, keep=settings.keep
             )
@@ -194,9 +203,9 @@ def fit(
         stopped = state.step >= stop and stop < schedule.total
         for micro_batches in loader.steps(state.step, stop):
             try:
-                _train_step(call, micro_batches, state, plan, loader.batch_size, world, pending)
+                _train_step(call, micro_batches, state, plan, loader.sizes(state.step), world, pending)
             except RuntimeError as error:
-                raise _out_of_memory(error, micro_batches, saved_at) or error from None
+                raise _out_of_memory(error, loader.micro_batch, saved_at) or error from None
             if state.step % settings.log_every == 0 or state.step == schedule.total:
                 flush()
                 loss = state.loss = math.fsum(state.window) / len(state.window)
@@ -212,6 +221,7 @@ def fit(
                     )
             last = state.step == schedule.total
             if evaluate and (last or (plan.eval_every and state.step % plan.eval_every == 0)):
+                world.share_buffers(model)
                 scores = _scores(evaluate, model, state.average)
                 if records:
                     records.record(state.step, scores)
@@ -226,31 +236,36 @@ def fit(
             scores = _scores(evaluate, model, state.average)
         world.barrier()
     rate = (state.step - first) * loader.batch_size / max(1e-9, time.monotonic() - began)
-    digest = checkpoint.state_sha256(state.tensors(), state.numbers())
-    return Outcome(state.step, state.mean_loss(), rate, digest, scores, stopped)
+    return Outcome(state.step, state.mean_loss(), rate, state.sha256(), scores, stopped)
 
 
 def _train_step(
     call: nn.Module,
-    micro_batches: list[Batch],
+    micro_batches: Iterator[Batch],
     state: State,
     plan: Plan,
-    global_batch: int,
+    sizes: tuple[int, int],
     world: World,
     pending: list[Tensor],
 ) -> None:
-    """One optimizer update from all micro-batches of a step."""
+    """One optimizer update from all micro-batches of a step.
+
+    Every image of the global batch weighs the same, also in an uneven last micro-batch; DDP averages over processes. A
+    process whose share is empty passes an image of another's with weight 0, since all have to take part in the exchange
+    of gradients.
+    """
     settings, optimizer = plan.settings, state.optimizer
     lr = plan.schedule.lr(state.step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    # after the batch is there: a loader without workers draws from these generators too
-    seed_all(plan.seed, state.step, world.rank)
     total = torch.zeros((), device=world.device)
+    (whole, mine), done = sizes, 0
     for number, batch in enumerate(micro_batches):
-        # every image weighs the same, also in an uneven last micro-batch; DDP averages over processes
-        weight = len(batch["ids"]) * world.size / global_batch
-        with autocast(settings.precision, world.device), _no_sync(call, number + 1 < len(micro_batches)):
+        # after the batch is there: a loader without workers draws from these generators too
+        seed_all(plan.seed, state.step, world.rank, number)
+        weight = len(batch["ids"]) * world.size / whole if mine else 0.0
+        done += len(batch["ids"])
+        with autocast(settings.precision, world.device), _no_sync(call, done < mine):
             loss = call(batch)["loss"] * weight
             state.scaler.scale(loss).backward()
         total += loss.detach().float()
@@ -272,18 +287,9 @@ def _train_step(
 def _wrap(model: nn.Module, step: Step, settings: Loop, world: World) -> nn.Module:
     call: nn.Module = Call(model, step)
     if settings.compile:
-        call = _compiled(call, world)
+        call.compile(dynamic=False)
     if world.size > 1:
         call = DistributedDataParallel(call, device_ids=[world.device] if world.device.type == "cuda" else None)
-    return call
-
-
-def _compiled(call: nn.Module, world: World) -> nn.Module:
-    if world.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        raise MaekitError(
-            "E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt install g++, or --no-compile"
-        )
-    call.compile(dynamic=False)
     return call
 
 
@@ -320,15 +326,14 @@ def _main_log(
     return Log(run, start=step, total=schedule.total, batch_size=batch_size)
 
 
-def _out_of_memory(error: RuntimeError, micro_batches: list[Batch], saved_at: int) -> MaekitError | None:
+def _out_of_memory(error: RuntimeError, micro_batch: int, saved_at: int) -> MaekitError | None:
     """Say what a failed allocation means; None for any other error."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None
-    size = max(len(batch["ids"]) for batch in micro_batches)
     return MaekitError(
         "E-STOP-MEMORY" if saved_at >= 0 else "E-ENV-MEMORY",
         "out of memory in a training step",
-        found=f"{size} images per pass",
-        hint=f"--micro-batch {max(1, size // 2)}: the global batch and the samples stay the same"
+        found=f"{micro_batch} images per pass",
+        hint=f"--micro-batch {max(1, micro_batch // 2)}: the global batch and the samples stay the same"
         + (f"; the same command goes on from step {saved_at}" if saved_at >= 0 else ""),
     )

@@ -36,12 +36,18 @@ def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -
     Patch embedding, class token and positions scale by ``layer_decay ** (depth + 1)``, block i by
     ``layer_decay ** (depth - i)``, final norm and head by 1; positions, tokens and 1-D parameters do not decay.
     """
-    return param_groups_layer_decay(
+    groups = param_groups_layer_decay(
         model,
         weight_decay=weight_decay,
         no_weight_decay_list=("pos_embed", "cls_token", "reg_token"),
         layer_decay=layer_decay,
     )
+    # timm lets the norm before the class token's head be one layer lower; official lr_decay.py counts it with the head
+    norm = {id(parameter): parameter for name, parameter in model.named_parameters() if name.startswith("norm.")}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in norm]
+    own = [{"params": list(norm.values()), "weight_decay": 0.0, "lr_scale": 1.0}] if norm else []
+    return [group for group in groups if group["params"]] + own
 
 
 def adamw(groups: Groups, *, betas: tuple[float, float], lr: float) -> torch.optim.Optimizer:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from maekit.errors import MaekitError
 from maekit.train import checkpoint
 
+DIVERGED = "another --out with a lower --base-lr or --clip-grad 1; the last checkpoint is finite: --init takes it up"
+
 
 class Average:
     """Exponential moving average of trainable weights, with warm-up min(decay, (1 + t) / (10 + t)) (as in timm)."""
@@ -65,9 +67,31 @@ class State:
         return parts | ({"ema": self.average.tensors} if self.average else {})
 
     def numbers(self) -> dict[str, Any]:
-        """Return what else decides the future, as plain JSON."""
+        """Return all else that a checkpoint keeps, as plain JSON."""
         scaler = self.scaler.state_dict()
         return {"step": self.step, "window": list(self.window), "loss": self.loss, "scaler": scaler}
+
+    def sha256(self) -> str:
+        """Return the digest that a checkpoint of this state has."""
+        numbers = self.numbers()
+        return checkpoint.state_sha256(self.tensors(), {name: numbers[name] for name in checkpoint.DECIDING})
+
+    def check_finite(self) -> None:
+        """Refuse to keep weights that are lost.
+
+        Raises:
+            MaekitError: E-NUM-WEIGHTS, naming the first tensor.
+        """
+        parts = self.tensors()
+        for name, value in (parts["model"] | parts.get("ema", {})).items():
+            if not bool(value.isfinite().all()):
+                raise MaekitError(
+                    "E-NUM-WEIGHTS",
+                    f"weights after step {self.step}",
+                    found=f"NaN or infinity in {name}",
+                    expected="finite numbers",
+                    hint=DIVERGED,
+                )
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last log line, or that line's own."""
