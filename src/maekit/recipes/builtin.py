@@ -27,7 +27,7 @@ def pretrain_fashion() -> Pretrain:
         decoder_heads=4,
         target="pixel",
         mask_ratio=0.6,
-        epochs=16,
+        epochs=24,
         batch_size=128,
         base_lr=2e-3,
         crop_scale=(0.5, 1.0),

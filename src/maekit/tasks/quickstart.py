@@ -287,7 +287,9 @@ def _few_labels(
         update |= dict.fromkeys(("model", "patch_size", "embed_dim", "depth", "num_heads", "channels", "img_size"))
         update |= {"model": Finetune.model_fields["model"].default}
         # a hundred labels see as many steps as the recipe says; many classes fewer epochs, to keep to the minutes
-        update |= {"epochs": max(5.0, round(min(1.0, 100 / len(labelled)) * (recipe.epochs or 0)))}
+        epochs = max(5, round(min(1.0, 100 / len(labelled)) * (recipe.epochs or 0)))
+        # scores and checkpoints on the way would take longer than these few seconds of training
+        update |= {"epochs": float(epochs), "eval_every": epochs, "save_every": 10**6}
         for arm, scores in arms.items():
             scratch = arm == "from scratch"
             folder = out / f"finetune-{'scratch' if scratch else 'mae'}-{seed}"
