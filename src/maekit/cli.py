@@ -279,7 +279,7 @@ def _add(group: Any, cls: type[settings.Settings], name: str) -> None:
         text += f" [{_spell(info.default)}]"
     options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%")}
     flag = "--" + name.replace("_", "-")
-    if info.annotation is bool:
+    if bool in _parts(info.annotation):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     else:
         group.add_argument(flag, metavar=_metavar(cls, name), nargs=_count(info), **options)

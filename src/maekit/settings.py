@@ -167,6 +167,11 @@ class Loop(Settings):
     stop_at: int | None = setting(
         None, "stop after this step of the unchanged schedule, save, exit 75", ge=1, resume="free"
     )
+    resume: bool | None = setting(
+        None,
+        "insist on going on with the run in --out, or with --no-resume on a new one; default: go on if there is one",
+        resume="free",
+    )
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
 
 

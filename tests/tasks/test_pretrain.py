@@ -175,6 +175,21 @@ def test_other_images_are_refused_when_a_run_goes_on(tiny: dict[str, Any], flat:
     assert caught.value.code == "E-DATA-CHANGED"
 
 
+def test_resume_may_be_insisted_on_or_ruled_out(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, result: dict[str, Any]
+) -> None:
+    settings = {**tiny, "data": str(flat), "out": tmp_path / "run"}
+    with pytest.raises(MaekitError, match="found no run, expected a run to go on with") as caught:
+        package.pretrain({**settings, "resume": True})
+    assert caught.value.code == "E-CONFIG-OUT" and not (tmp_path / "run").exists()
+    assert package.pretrain({**settings, "resume": False, "stop_at": 5}).exit_code == 75
+    with pytest.raises(MaekitError, match="found a run, expected a new folder"):
+        package.pretrain({**settings, "resume": False})
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["resume"] is None and config["stop_at"] is None
+    assert package.pretrain({**settings, "resume": True}).metrics["state_sha256"] == result["state_sha256"]
+
+
 def test_a_folder_with_foreign_files_is_left_alone(tiny: dict[str, Any], flat: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(MaekitError) as caught:

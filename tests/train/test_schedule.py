@@ -1,5 +1,6 @@
 """The learning rate at named steps, and lengths in epochs and steps."""
 
+import doctest
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 
 from maekit.errors import MaekitError
 from maekit.settings import Loop
+from maekit.train import schedule as module
 from maekit.train.schedule import half_cosine, schedule
 
 
@@ -71,3 +73,8 @@ def test_warmup_is_five_per_cent_when_nothing_is_said() -> None:
     assert schedule(Loop(epochs=800, base_lr=1e-3), 312, 4096).warmup == 40 * 312
     assert schedule(Loop(epochs=100, base_lr=1e-3), 50, 1024).warmup == 5 * 50
     assert schedule(Loop(steps=3, base_lr=1e-3), 1, 1).warmup == 0
+
+
+def test_the_example_of_the_docstring_runs_as_written() -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted == 1 and outcome.failed == 0

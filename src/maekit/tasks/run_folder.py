@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from maekit.config import dump_yaml, load_yaml, resolve
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
-from maekit.settings import Settings
+from maekit.settings import Loop, Settings
 from maekit.tasks import Result
 from maekit.train import checkpoint
 
@@ -70,12 +70,21 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     """Open a run folder, new or old.
 
     Raises:
-        MaekitError: E-CONFIG-OUT (not a folder, or files that are no run's), E-CONFIG-RUN (another run: another
-            verb, or settings that change the numbers differ), E-ENV-OUT (not writable).
+        MaekitError: E-CONFIG-OUT (not a folder, files that are no run's, not what ``--resume`` asks for), E-CONFIG-RUN
+            (another run: another verb, or settings that change the numbers differ), E-ENV-OUT (not writable).
     """
     if path.exists() and not path.is_dir():
         raise MaekitError("E-CONFIG-OUT", f"--out {path}", found="a file", expected="a folder, or nothing yet")
     file = path / "config.yaml"
+    wanted = settings.resume if isinstance(settings, Loop) else None
+    if wanted is not None and wanted != file.exists():
+        raise MaekitError(
+            "E-CONFIG-OUT",
+            f"--out {path}",
+            found="no run" if wanted else "a run",
+            expected="a run to go on with (--resume)" if wanted else "a new folder (--no-resume)",
+            hint="another --out",
+        )
     if file.exists():
         return _reopen(path, verb, settings, file)
     if path.exists() and any(not entry.name.startswith((".tmp-", LOCK)) for entry in path.iterdir()):
@@ -208,8 +217,13 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
 
 
 def describe(run: Run, settings: Settings, resolved: Resolved) -> None:
-    """Write config.yaml: settings and what they resolved to, with format and version."""
-    write_whole(run.path / "config.yaml", dump_yaml(settings, resolved.model_dump(mode="json")).encode())
+    """Write config.yaml: settings and what they resolved to, with format and version.
+
+    What speaks of one launch only (``--stop-at``, ``--resume``) is left out, so that ``--config`` takes the run up.
+    """
+    of_a_launch = dict.fromkeys({"stop_at", "resume"} & type(settings).model_fields.keys())
+    lasting = settings.model_copy(update=of_a_launch)
+    write_whole(run.path / "config.yaml", dump_yaml(lasting, resolved.model_dump(mode="json")).encode())
 
 
 def same_data(run: Run, images: int, fingerprint: str) -> None:
