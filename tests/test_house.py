@@ -145,7 +145,7 @@ def test_every_recipe_has_patches_that_fill_the_image_and_heads_that_divide_the_
     built = recipes.RECIPES[name]()
     assert isinstance(built, settings.Pretrain | settings.Finetune)
     assert built.img_size is not None
-    in_name = re.search(r"patch(\d+)", built.model)
+    in_name = re.search(r"patch(\d+)", built.model or "")
     assert in_name is not None
     patch = built.patch_size or int(in_name[1])
     assert [side % patch for side in built.img_size] == [0, 0]

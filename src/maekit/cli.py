@@ -312,7 +312,7 @@ def _parts(annotation: Any) -> list[Any]:
 def _metavar(cls: type[settings.Settings], name: str) -> str:
     words: list[str] = []
     for part in _parts(cls.model_fields[name].annotation):
-        inner = typing.get_args(part) or (part,)
+        inner = [_parts(one)[0] for one in typing.get_args(part)] or [part]
         if typing.get_origin(part) is Literal:
             words += map(str, inner)
         else:
@@ -400,7 +400,10 @@ def _config(words: list[str]) -> Result:
     if "--verb" not in words:
         return _stored(_only_words(words, "maekit config show", at_most=1))
     at = words.index("--verb")
-    verb = _known(words[at + 1] if at + 1 < len(words) else "--verb")
+    verb = words[at + 1] if at + 1 < len(words) else "--verb"
+    if verb in ("recipes", "config"):
+        raise MaekitError("E-USAGE-VERB", f"maekit config show --verb {verb}", found="a verb without settings")
+    verb = _known(verb)
     line = _parse(verb, words[:at] + words[at + 2 :], prog=f"maekit config show --verb {verb}")
     chosen, sources = config.resolve(VERBS[verb].settings, recipe=line.recipe, file=line.config, flags=line.flags)
     metrics: dict[str, object] = {"settings": chosen.model_dump(mode="json"), "sources": sources}

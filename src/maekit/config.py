@@ -67,7 +67,8 @@ def resolve(
         faults += _unknown(cls, layer, source) + _both(cls, layer, source)
         for name, value in layer.items():
             if name in cls.model_fields:
-                for rival in _rivals(cls, name) if value is not None else ():
+                replaced = [*_rivals(cls, name), *cls.takes_along.get(name, ())]
+                for rival in replaced if value is not None else ():
                     if layer.get(rival) is None:
                         values[rival], sources[rival] = None, source
                 if value is not None or not _beaten(cls, name, layer):
@@ -337,7 +338,8 @@ def _dump_line(name: str, value: object) -> str:
 def _read(path: Path) -> str:
     try:
         if not path.is_file():
-            raise MaekitError("E-CONFIG-FILE", f"config {path}", found="no such file", expected="a YAML file")
+            found = "no regular file" if path.exists() else "no such file"
+            raise MaekitError("E-CONFIG-FILE", f"config {path}", found=found, expected="a YAML file")
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -9,6 +9,25 @@ import re
 EXIT_CODES = {"USAGE": 2, "CONFIG": 2, "DATA": 3, "NUM": 4, "CKPT": 4, "ENV": 5, "STOP": 75}
 """Family (the word after ``E-``) -> exit code of the process; a code is ``E-FAMILY-DETAIL``."""
 
+HINTS = {
+    "E-CONFIG-DEVICE": "--device auto",
+    "E-CONFIG-FILE": "the config.yaml of a run, or maekit config show --verb VERB > FILE.yaml",
+    "E-CONFIG-YAML": "the config.yaml of a run, or maekit config show --verb VERB > FILE.yaml",
+    "E-CONFIG-VERB": "the verb that the file names",
+    "E-CKPT-MISSING": "the folder that --out named when the run was made",
+    "E-CKPT-FORMAT": "a run folder, or its encoder.safetensors",
+    "E-CKPT-KEYS": "another copy of the file",
+    "E-CKPT-SHAPE": "another copy of the file",
+    "E-CKPT-NAN": "an earlier checkpoint: RUN/checkpoints/step-N",
+    "E-DATA-PATH": "maekit data PATH with the right path",
+    "E-DATA-EMPTY": "maekit data PATH shows what is there",
+    "E-DATA-LIST": "one path a line, or a header with path and label",
+    "E-DATA-COLUMN": "maekit data PATH shows what is there",
+    "E-DATA-LABELS": "maekit data PATH shows what is there",
+    "E-ENV-OUT": "another --out",
+}
+"""What to try where the place that raises the error knows nothing better."""
+
 
 class MaekitError(ValueError):
     """One line: ``what: found x, expected y. Try: z`` with a code ``E-FAMILY-DETAIL``.
@@ -35,6 +54,7 @@ class MaekitError(ValueError):
         facts = ", ".join(
             f"{word} {clean(value)}" for word, value in (("found", found), ("expected", expected)) if value is not None
         )
+        hint = hint or HINTS.get(code)
         line = clean(what, 600) + (f": {facts}" if facts else "")
         super().__init__(line + (f". Try: {clean(hint, 400)}" if hint else ""))
 

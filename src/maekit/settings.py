@@ -10,7 +10,7 @@ Sources: "T8", "T9" ... are tables of the paper (arXiv 2111.06377, appendix A), 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from maekit.errors import MaekitError
 
@@ -37,6 +37,15 @@ def _pair(value: Any) -> Any:
     return tuple(value) * 2 if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the smaller value first")
+    return pair
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
@@ -49,6 +58,9 @@ class Settings(BaseModel):
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
+
+    takes_along: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Settings that a lower layer's lose with what they were meant for, when a higher layer gives the first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +94,7 @@ class Machine(Settings):
     seed: int = setting(0, "seed of order, crops, flips, masks and initial weights", ge=0, lt=2**63)
 
 
-class Images(Settings):
+class Place(Settings):
     """Images"""
 
     data: str | None = setting(
@@ -90,6 +102,11 @@ class Images(Settings):
     )
     image_column: str | None = setting(None, "parquet column with the image bytes; default: found by content")
     label_column: str | None = setting(None, "parquet column with the label; default: label, labels, class, target")
+
+
+class Images(Place):
+    """Images"""
+
     workers: AutoWorkers = setting(
         "auto", "loader processes; 0 loads in the main one; any number gives the same bits", resume="free"
     )
@@ -140,6 +157,8 @@ class Loop(Settings):
         ("base_lr", "lr"),
         ("warmup_epochs", "warmup_steps"),
     )
+    # a length in steps is chosen for short runs: a recipe's warm-up of many epochs is not meant for it
+    takes_along: ClassVar[dict[str, tuple[str, ...]]] = {"steps": ("warmup_epochs",)}
 
     epochs: float | None = setting(None, "length of the schedule in passes over the data", gt=0)
     steps: int | None = setting(None, "length of the schedule in optimizer steps", gt=0)
@@ -156,7 +175,7 @@ class Loop(Settings):
     )
     warmup_steps: int | None = setting(None, "the same in steps", ge=0)
     weight_decay: float = setting(0.05, "AdamW weight decay (T8, T9)", ge=0)
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW betas (T8: .9 .95; T9: .9 .999)")
+    betas: tuple[Beta, Beta] = setting((0.9, 0.95), "AdamW betas (T8: .9 .95; T9: .9 .999)")
     clip_grad: float | None = setting(None, "largest gradient norm; default: no clipping (OFF)", gt=0)
     ema: float | None = setting(None, "decay of an average of the weights, kept beside them; default: none", gt=0, lt=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
@@ -182,7 +201,7 @@ class Pretrain(Images, Size, Statistics, Autoencoder, Loop, Machine):
     init: Path | None = setting(None, "start from these weights (decoder too if it is there)")
     epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
     base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
-    crop_scale: tuple[float, float] = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
+    crop_scale: Shares = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
     flip: bool = setting(True, "mirror half of the images (T8)")
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
 
@@ -203,6 +222,9 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights to start from", resume="free")
+    model: str | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, "any plain timm VisionTransformer; default: that of RUN; from scratch without a RUN: vit_base_patch16_224"
+    )
     img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")  # pyright: ignore[reportIncompatibleVariableOverride]
     from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
@@ -211,7 +233,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     batch_size: int = setting(1024, "global batch (T9)", ge=1)
     base_lr: float | None = setting(5e-4, "learning rate per 256 images (OFF, ViT-B)", gt=0)
     min_lr: float = setting(1e-6, "where the half-cosine ends (OFF)", ge=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas (T9)")
+    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "AdamW betas (T9)")
     layer_decay: float = setting(0.65, "learning rate factor per block downwards (OFF, ViT-B; T9: .75)", gt=0, le=1)
     drop_path: float = setting(0.1, "stochastic depth, rising linearly over the blocks (T9, ViT-B)", ge=0, lt=1)
     label_smoothing: float = setting(0.1, "label smoothing (T9)", ge=0, lt=1)
@@ -219,7 +241,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     cutmix: float = setting(1.0, "cutmix alpha; 0: off (T9)", ge=0)
     auto_augment: str | None = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment string; none: off (T9)")
     random_erasing: float = setting(0.25, "probability of random erasing (OFF; the paper lists none)", ge=0, le=1)
-    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area range of the random crop (OFF)")
+    crop_scale: Shares = setting((0.08, 1.0), "area range of the random crop (OFF)")
     flip: bool = setting(True, "mirror half of the images")
     crop_pct: float | None = setting(
         None, "part of the resized image that is scored; default: .875 from 112 to 224 px, otherwise 1", gt=0, le=1
@@ -244,9 +266,9 @@ class Probe(Images, Labels, Machine):
         None, "mean of patch tokens, or the class token; default: mean; lars: cls where there is one (OFF)"
     )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
-    epochs: float = setting(90, "lars: passes over the data (OFF)", gt=0)
-    batch_size: int = setting(1024, "lars: global batch (OFF: 16384)", ge=1)
-    base_lr: float = setting(0.1, "lars: learning rate per 256 images (OFF)", gt=0)
+    epochs: float | None = setting(None, "lars: passes over the data; default: 90 (OFF)", gt=0)
+    batch_size: int | None = setting(None, "lars: global batch; default: 1024 (OFF: 16384)", ge=1)
+    base_lr: float | None = setting(None, "lars: learning rate per 256 images; default: 0.1 (OFF)", gt=0)
 
 
 class Knn(Images, Labels, Machine):
@@ -255,7 +277,7 @@ class Knn(Images, Labels, Machine):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights")
-    pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens, or the class token")
+    pool: Literal["mean", "cls"] | None = setting(None, "mean of patch tokens, or the class token; default: mean")
     k: int = setting(20, "neighbours that vote", ge=1)
     temperature: float = setting(
         0.07, "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294)", gt=0
@@ -287,7 +309,7 @@ class Embed(Images, Machine):
     out: Path | None = setting(None, "FILE.parquet (id, path, label, embedding) or FILE.npy (ids beside it)")
 
 
-class Data(Images):
+class Data(Place):
     """Look at a data set before any training."""
 
     channels: int | None = setting(None, "channels per image; default: 3, or what .npy arrays hold", ge=1, le=4096)
@@ -298,7 +320,7 @@ class Data(Images):
 class Quickstart(Images, Size, Machine):
     """From images to a report: pre-train, look, measure, fine-tune with few labels."""
 
-    data: str | None = setting("builtin:fashion", "your own images; default: the built-in ones")
+    data: str | None = setting("builtin:fashion", "your own images; default: the built-in ones", resume="free")
     img_size: ImageSize | None = setting(None, "default: chosen from the images")  # pyright: ignore[reportIncompatibleVariableOverride]
     minutes: float = setting(5.0, "time to spend", gt=0)
     out: Path | None = setting(None, "folder for runs and report; default: runs/quickstart")

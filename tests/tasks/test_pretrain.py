@@ -190,6 +190,15 @@ def test_resume_may_be_insisted_on_or_ruled_out(
     assert package.pretrain({**settings, "resume": True}).metrics["state_sha256"] == result["state_sha256"]
 
 
+def test_a_result_that_cannot_be_read_counts_as_none(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, result: dict[str, Any]
+) -> None:
+    settings = {**tiny, "data": str(flat), "out": tmp_path / "run"}
+    package.pretrain(settings)
+    (tmp_path / "run/result.json").write_text("{")
+    assert package.pretrain(settings).metrics["state_sha256"] == result["state_sha256"]
+
+
 def test_a_folder_with_foreign_files_is_left_alone(tiny: dict[str, Any], flat: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(MaekitError) as caught:

@@ -51,7 +51,10 @@ def test_a_labelled_folder_gives_a_report_with_scores_and_a_relaunch_goes_on(
     )
     again = maekit(*words)
     assert again.code == 0 and again.json["state_sha256"] == done.json["state_sha256"]
-    assert again.json["few_labels"] == done.json["few_labels"] and "finished already" in again.stderr
+    assert again.json == done.json and "finished already" in again.stderr
+    for change in (["--seed", "7"], ["--img-size", "56"], ["--minutes", "0.1"]):
+        other = maekit(*words, *change)
+        assert other.code == 2 and "error[E-CONFIG-RUN]" in other.stderr, other.stderr
 
 
 def test_a_folder_without_labels_gives_pictures_only(maekit: Run, flat: Path, tmp_path: Path) -> None:
@@ -63,3 +66,14 @@ def test_a_folder_without_labels_gives_pictures_only(maekit: Run, flat: Path, tm
         and (tmp_path / "q/report.html").exists()
         and (tmp_path / "q/reconstructions.png").exists()
     )
+
+
+def test_other_images_in_the_same_folder_are_refused(maekit: Run, flat: Path, labelled: Path, tmp_path: Path) -> None:
+    words = ["quickstart", "--minutes", "0.02", "--out", tmp_path / "q", "--device", "cpu", "--json"]
+    stage = tmp_path / "q" / "pretrain"
+    assert maekit(*words, "--data", flat).code == 0
+    (tmp_path / "q" / "result.json").unlink()  # as if it had been stopped after its first stage
+    before = (stage / "config.yaml").read_bytes()
+    other = maekit(*words, "--data", labelled)
+    assert other.code == 3 and "error[E-DATA-CHANGED]" in other.stderr, other.stderr
+    assert (stage / "config.yaml").read_bytes() == before

@@ -113,7 +113,7 @@ def test_without_out_the_pictures_lie_beside_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     reconstruct({"run": weights, "images": photos[:1], "ratios": [75]})
-    assert (tmp_path / "reconstructions" / "reconstruction-75.png").exists()
+    assert (tmp_path / "reconstruct" / "reconstruction-75.png").exists()
 
 
 @pytest.mark.parametrize(

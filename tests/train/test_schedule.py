@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from maekit.config import resolve
 from maekit.errors import MaekitError
-from maekit.settings import Loop
+from maekit.settings import Loop, Pretrain
 from maekit.train import schedule as module
 from maekit.train.schedule import half_cosine, schedule
 
@@ -43,9 +44,14 @@ def test_lr_itself_replaces_base_lr() -> None:
     assert schedule(Loop(steps=10, lr=0.1), 1, 4096).peak == 0.1
 
 
-def test_warmup_of_many_epochs_does_not_swallow_a_run_of_few_steps() -> None:
-    plan = schedule(Loop(steps=50, warmup_epochs=40, base_lr=1e-3), 100, 256)
-    assert (plan.total, plan.warmup) == (50, 5)
+def test_a_recipes_warmup_of_many_epochs_goes_with_its_length_and_ones_own_is_kept() -> None:
+    chosen, sources = resolve(Pretrain, recipe="paper/pretrain-vit-b", flags={"steps": "50"})
+    assert (chosen.epochs, chosen.warmup_epochs, sources["warmup_epochs"]) == (None, None, "flag")
+    assert (schedule(chosen, 100, 256).total, schedule(chosen, 100, 256).warmup) == (50, 2)
+    both, _ = resolve(Pretrain, recipe="paper/pretrain-vit-b", flags={"steps": "50", "warmup_epochs": "0.1"})
+    assert schedule(both, 100, 256).warmup == 10
+    with pytest.raises(MaekitError, match="warm-up longer than the schedule"):
+        schedule(Loop(steps=50, warmup_epochs=40, base_lr=1e-3), 100, 256)
 
 
 @pytest.mark.parametrize(

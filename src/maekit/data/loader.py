@@ -95,7 +95,7 @@ class Samples(Dataset[dict[str, Any]]):
                 )
                 return self._checked(image, at), at, bad
             except (MaekitError, OSError) as error:
-                bad.append((at, str(error)))
+                bad.append((at, str(error.args[0]) if isinstance(error, MaekitError) else str(error)))
         raise MaekitError("E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}")
 
     def _checked(self, image: Tensor, at: int) -> Tensor:

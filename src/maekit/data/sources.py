@@ -143,6 +143,7 @@ class _Opener:
         if place.is_dir():
             places = [file for file in _parquets(place) if has_images(file)]
             if not places:
+                self._no_columns(place)
                 return open_folder(place, self.name, classes, depth)
         if places[0].suffix.lower() == ".parquet":
             return open_parquet(places, self.name, classes=classes, **self.columns)
@@ -150,6 +151,14 @@ class _Opener:
             return open_list(place, self.name, classes=classes, **self.columns)
         expected = "a folder, a list file (.txt, .csv, .tsv) or a .parquet file"
         raise MaekitError("E-DATA-PATH", f"cannot use {place}", found="a file of another kind", expected=expected)
+
+    def _no_columns(self, place: Path) -> None:
+        for setting, column in self.columns.items():
+            if column is not None:
+                raise MaekitError(
+                    "E-DATA-COLUMN", f"setting {setting}", found=f"{place}, a folder of images without columns",
+                    expected="a list or parquet file", hint=f"no --{setting.replace('_', '-')}",
+                )  # fmt: skip
 
 
 def open_folder(folder: Path, name: str, classes: list[str] | None = None, depth: int = 0) -> FileSource:

@@ -175,7 +175,8 @@ def holds_decoder(path: str | Path) -> bool:
     Raises:
         MaekitError: as `load_model`.
     """
-    return _read(Path(path)).header.kind == "mae"
+    path = Path(path)
+    return path.is_dir() or _header(path, _open(path, False)[0]).kind == "mae"
 
 
 def load_classifier(path: str | Path) -> Classifier:

@@ -36,7 +36,9 @@ PAGE_SIDE = 160
 """Longest side of a picture in the page: a report of photographs stays at a few MB."""
 
 
-def pretrain_report(run: Path, model: MaskedAutoencoder, images: Tensor, seed: int = 0) -> Path:
+def pretrain_report(
+    run: Path, model: MaskedAutoencoder, images: Tensor, seed: int = 0, *, labelled: bool = True
+) -> Path:
     """Write ``RUN/report.html`` and ``RUN/reconstructions/*.png`` from the run folder and some images.
 
     Args:
@@ -44,6 +46,7 @@ def pretrain_report(run: Path, model: MaskedAutoencoder, images: Tensor, seed: i
         model: the trained one, on any device.
         images: (B, C, H, W) to be reconstructed, uint8 or float 0..1.
         seed: chooses their masks.
+        labelled: whether the page suggests to score the encoder on the same images.
 
     Returns:
         The report's path.
@@ -65,7 +68,7 @@ def pretrain_report(run: Path, model: MaskedAutoencoder, images: Tensor, seed: i
             what_was_run(config, model, metrics),
             Section("Curves", figures=_curves(metrics), text=[] if metrics else ["No step was recorded."]),
             reconstructions(shown),
-            Section("What next", commands=_commands(run, config)),
+            Section("What next", commands=_commands(run, config, labelled)),
             Section("Configuration", details={"config.yaml": _text(run / "config.yaml")}),
         ],
     )
@@ -170,13 +173,16 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8").rstrip()
 
 
-def _commands(run: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return commands that go on from here, ready for a shell."""
+def _commands(run: Path, config: Mapping[str, Any], labelled: bool) -> list[str]:
+    """Return commands that go on from here, ready for a shell; those that score want labels."""
     here, data = shlex.quote(str(run)), shlex.quote(str(config.get("data") or "DATA"))
-    return [
+    scores = [
         f"maekit knn {here} --data {data}",
         f"maekit probe {here} --data {data}",
         f"maekit finetune {here} --data {data} --labels 10/class --out {shlex.quote(str(run) + '-finetuned')}",
+    ]
+    return [
+        *(scores if labelled else ()),
         f"maekit reconstruct {here} --data {data}",
         f"maekit embed {here} --data {data} --out features.parquet",
     ]

@@ -85,8 +85,8 @@ def _table(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
         "formats": lambda facts: ", ".join(f"{name} {count:,}" for name, count in facts["formats"].items()),
         "height x width": _size_range,
         "channels": lambda facts: str(facts["channels"]),
-        "mean": lambda facts: " ".join(f"{value:.4f}" for value in facts["mean"][:4]),
-        "std": lambda facts: " ".join(f"{value:.4f}" for value in facts["std"][:4]),
+        "mean": lambda facts: _first(facts["mean"]),
+        "std": lambda facts: _first(facts["std"]),
         "classes": lambda facts: "none" if facts["classes"] is None else f"{len(facts['classes']):,}",
     }
     cells = [["", *parts], *([title, *map(tell, parts.values())] for title, tell in rows.items())]
@@ -97,6 +97,10 @@ def _table(parts: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield from _aligned(cells)
     if len(names) > MAX_SHOWN:
         yield f"  … {len(names) - MAX_SHOWN} more classes"
+
+
+def _first(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values[:4]) + (" …" if len(values) > 4 else "")
 
 
 def _size_range(facts: dict[str, Any]) -> str:

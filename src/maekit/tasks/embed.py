@@ -12,7 +12,7 @@ from maekit.errors import MaekitError
 from maekit.settings import Embed
 from maekit.tasks import Result
 from maekit.tasks.features import Features, extract, load_encoder
-from maekit.tasks.run_folder import typed
+from maekit.tasks.run_folder import outside, typed
 from maekit.train.device import world
 
 
@@ -46,7 +46,8 @@ def embed(settings: Embed | dict[str, Any]) -> Result:
         "images": len(features.index),
         "shape": list(features.values.shape),
     }
-    return Result(metrics, f"{out}: {len(features.index)} embeddings of {features.values.shape[-1]} numbers")
+    shape = " x ".join(map(str, features.values.shape[1:]))
+    return Result(metrics, f"{out}: {len(features.index)} embeddings of {shape} numbers")
 
 
 def _file(settings: Embed) -> Path:
@@ -58,6 +59,9 @@ def _file(settings: Embed) -> Path:
             expected="FILE.parquet or FILE.npy",
             hint="--out features.parquet",
         )
+    if settings.out.is_dir():
+        raise MaekitError("E-USAGE-OUT", "setting out", found=f"the folder {settings.out}", expected="a file")
+    outside(settings.out, settings.data)
     if settings.pool == "tokens" and settings.out.suffix != ".npy":
         raise MaekitError("E-USAGE-OUT", "setting out", found=settings.out, expected="FILE.npy for --pool tokens")
     return settings.out
@@ -67,6 +71,14 @@ def _write(out: Path, source: Source, features: Features) -> None:
     """Write beside and rename, so that a file is whole or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".tmp-{out.name}")
+    try:
+        _write_into(temporary, out, source, features)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_into(temporary: Path, out: Path, source: Source, features: Features) -> None:
     ids = [source.ids[i] for i in features.index.tolist()]
     if out.suffix == ".npy":
         with temporary.open("wb") as file:
@@ -86,4 +98,3 @@ def _write(out: Path, source: Source, features: Features) -> None:
             }
         )
         pq.write_table(table, temporary)
-    temporary.replace(out)

@@ -17,7 +17,7 @@ from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
 from maekit.model.mae import MaskedAutoencoder
 from maekit.seeds import seed_all
-from maekit.tasks.training import PATCHES_PER_PASS, number_of_workers
+from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train.device import World
 
 log = logging.getLogger("maekit")
@@ -92,8 +92,12 @@ def extract(
 
     Args:
         pool: "mean" | "cls" | "tokens" (then values are (n, prefix + N, D)).
+
+    Raises:
+        MaekitError: E-CONFIG-CHANNELS, E-DATA-BAD.
     """
     size = model.img_size
+    channels_of(source, len(model.mean))  # images of another kind are said at once, not one by one
     loader = Loader(
         source,
         EvalView(size, default_crop_pct(size)),
@@ -114,6 +118,15 @@ def extract(
         labels.append(batch["labels"].cpu())
         index.append(batch["ids"].cpu())
     return _each_once(Features(*(world.gather(torch.cat(parts)) for parts in (values, labels, index))))
+
+
+def extract_both(
+    model: MaskedAutoencoder, train: Source, val: Source, world: World, settings: Any
+) -> tuple[Features, Features]:
+    """Run the encoder over the labelled images and those to score on."""
+    more: dict[str, Any] = {"pool": settings.pool or "mean", "workers": settings.workers}
+    first = extract(model, train, world, title="features of train", **more)
+    return first, extract(model, val, world, title="features of val", **more)
 
 
 @torch.no_grad()

@@ -71,12 +71,8 @@ def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World
     model = classifier(
         origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
     )
-    resolved = prepare(
-        run, settings, settings, train, here,
-        num_patches=origin.num_patches, width=origin.encoder.embed_dim, channels=len(origin.mean),
-        statistics=statistics, classes=train.classes,
-    )  # fmt: skip
-    origin.set_statistics(resolved.mean, resolved.std)
+    channels_of(train, len(origin.mean))
+    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=train.classes)
     model.to(here.device).train()
 
     view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
@@ -137,7 +133,7 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
         )
     if settings.run is None:
         model = create_model(
-            settings.model,
+            settings.model or "vit_base_patch16_224",
             img_size=settings.img_size or (224, 224),
             patch_size=settings.patch_size,
             in_chans=channels_of(train, settings.channels),
@@ -156,7 +152,7 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
 def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
     """Refuse settings of another architecture beside a RUN, which brings its own: nothing is accepted and ignored.
 
-    Settings left at their default ask for nothing; those of a recipe for this very model agree with it.
+    Settings that are not given ask for nothing; those of a recipe for this very model agree with it.
     """
     encoder = model.encoder
     has = {
@@ -169,7 +165,7 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
     }
     for name, value in has.items():
         asked = getattr(settings, name)
-        if asked not in (Finetune.model_fields[name].default, value):
+        if asked not in (None, value):
             raise MaekitError(
                 "E-CONFIG-RUN",
                 f"setting {name}",

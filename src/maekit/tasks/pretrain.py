@@ -11,6 +11,7 @@ from maekit.data.loader import Batch, Loader
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import holds_decoder, load_model, metadata, save_encoder
+from maekit.model.encoder import geometry
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep
 from maekit.report.pretraining import pretrain_report
@@ -65,12 +66,7 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     len_keep(model.num_patches, settings.mask_ratio)  # refused before anything is read or written
     if settings.init is not None:
         start_from(model, load_model(settings.init), with_decoder=holds_decoder(settings.init))
-    resolved = prepare(
-        run, settings, settings, source, here,
-        num_patches=model.num_patches, width=model.encoder.embed_dim, channels=channels,
-        statistics=_statistics(settings, channels),
-    )  # fmt: skip
-    model.set_statistics(resolved.mean, resolved.std)
+    resolved = prepare(run, settings, settings, source, here, model, statistics=_statistics(settings, channels))
     model.to(here.device).train()
 
     view = PretrainView(settings.img_size, settings.crop_scale, settings.flip)
@@ -105,7 +101,8 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
         return stopped(metrics)
     if here.is_main:
         save_encoder(model, run.path / "encoder.safetensors")
-        pretrain_report(run.path, model.eval(), some_images(source, model), settings.seed)
+        labelled = source.labels is not None and len(source.classes or []) > 1
+        pretrain_report(run.path, model.eval(), some_images(source, model), settings.seed, labelled=labelled)
         if settings.ema:
             _save_average(model, run)
         finish(run, metrics)
@@ -149,14 +146,33 @@ def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder
     Raises:
         MaekitError: E-CKPT-MODEL if a tensor does not fit.
     """
+    parts = ("num_heads", "decoder_heads", "target") if with_decoder else ("num_heads",)
+    heads = {"num_heads": (_heads(model), _heads(old))}
+    for name in parts:  # what shapes do not tell
+        now, before = heads.get(name, (model.spec.get(name), old.spec.get(name)))
+        if now != before:
+            raise MaekitError(
+                "E-CKPT-MODEL", "setting init", found=f"weights of {name} {before}", expected=f"{name} {now}",
+                hint=f"--{name.replace('_', '-')} {before}",
+            )  # fmt: skip
     mine, theirs = model.state_dict(), old.state_dict()
     learned = [name for name in mine if not name.endswith("pos_embed")]
     learned = [name for name in learned if with_decoder or name.startswith("encoder.")]
     wrong = [name for name in learned if name not in theirs or theirs[name].shape != mine[name].shape]
     if wrong:
         found = f"{wrong[0]} missing or of another shape" + (f", and {len(wrong) - 1} more" if wrong[1:] else "")
-        raise MaekitError("E-CKPT-MODEL", "setting init", found=found, expected="weights of this architecture")
+        raise MaekitError(
+            "E-CKPT-MODEL",
+            "setting init",
+            found=found,
+            expected="weights of this architecture",
+            hint="the model settings of the run that they are from: maekit config show RUN",
+        )
     model.load_state_dict({name: theirs[name] for name in learned}, strict=False)
+
+
+def _heads(model: MaskedAutoencoder) -> int:
+    return model.spec["num_heads"] or geometry(model.spec["name"]).heads
 
 
 def some_images(source: Source, model: MaskedAutoencoder, count: int = 8) -> Tensor:

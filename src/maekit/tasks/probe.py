@@ -13,16 +13,17 @@ from torch.nn import functional as F
 
 from maekit.data.augment import FinetuneView
 from maekit.data.loader import Batch
+from maekit.errors import MaekitError
 from maekit.interchange.weights import metadata
 from maekit.model.heads import LinearHead
 from maekit.model.mae import MaskedAutoencoder
 from maekit.seeds import seed_all
 from maekit.settings import Loop, Probe
 from maekit.tasks import Result
-from maekit.tasks.features import Features, extract, labelled_splits, load_encoder
+from maekit.tasks.features import Features, extract_both, labelled_splits, load_encoder
 from maekit.tasks.finetune import scorer
-from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed, write_json
-from maekit.tasks.training import default_out, prepare, say_what_runs, train_loader
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, stopped, typed
+from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, train_loader
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
 from maekit.train.optim import lars
@@ -43,19 +44,36 @@ def probe(settings: Probe | dict[str, Any]) -> Result:
         if settings.protocol == "lars":
             run = open_run(settings.out or default_out("probe", settings.data), "probe", settings)
             return carry_out(run, lambda: _lars(settings, run, here))
-        train, val = labelled_splits(settings)
-        model = load_encoder(settings, here)
-        parts = [
-            extract(
-                model, part, here, pool=settings.pool or "mean", workers=settings.workers, title=f"features of {name}"
-            )
-            for name, part in (("train", train), ("val", val))
-        ]
-    top1, strength = logistic_top1(*parts, seed=settings.seed)
+        _only_for_lars(settings)
+        if settings.out is None:
+            return _logistic(settings, None, here)
+        run = open_run(settings.out, "probe", settings)
+        return carry_out(run, lambda: _logistic(settings, run, here))
+
+
+def _only_for_lars(settings: Probe) -> None:
+    given = [name for name in ("epochs", "batch_size", "base_lr") if getattr(settings, name) is not None]
+    if given:
+        raise MaekitError(
+            "E-CONFIG-BOTH",
+            f"settings {' and '.join(given)}",
+            found="protocol logistic, which is solved and not trained",
+            expected="protocol lars",
+            hint="--protocol lars",
+        )
+
+
+def _logistic(settings: Probe, run: Run | None, here: World) -> Result:
+    """Solve the regression on features of every image; with a folder, keep settings and result there."""
+    train, val = labelled_splits(settings)
+    model = load_encoder(settings, here)
+    top1, strength = logistic_top1(*extract_both(model, train, val, here, settings), seed=settings.seed)
     metrics = {"run": str(settings.run), "top1": top1, "protocol": "logistic", "strength": strength}
     metrics |= {"train_images": len(train), "val_images": len(val)}
-    if settings.out is not None:
-        write_json(settings.out / "result.json", metrics)
+    if run is not None and here.is_main:
+        found = Resolved(images=len(train), fingerprint=train.fingerprint(), classes=train.classes, model=model.spec)
+        describe(run, settings, found)
+        finish(run, metrics)
     return Result(
         metrics,
         f"linear probe top-1 {top1:.4f} (logistic, C {strength:g}; {len(train)} labels, {len(val)} held-out images)",
@@ -115,19 +133,18 @@ def _lars(settings: Probe, run: Run, here: World) -> Result:
     train, val = labelled_splits(settings)
     model = load_encoder(settings, here)
     pool = settings.pool or ("cls" if model.encoder.has_class_token else "mean")
+    epochs = settings.epochs or 90
     loop = Loop(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        base_lr=settings.base_lr,
-        warmup_epochs=min(10, settings.epochs / 9),
+        epochs=epochs,
+        batch_size=settings.batch_size or 1024,
+        base_lr=settings.base_lr or 0.1,
+        warmup_epochs=min(10, epochs / 9),
         weight_decay=0,
         drop_last=True,
     )
-    resolved = prepare(
-        run, settings, loop, train, here,
-        num_patches=model.num_patches, width=model.encoder.embed_dim, channels=len(model.mean),
-        statistics=(model.mean, model.std), classes=train.classes,
-    )  # fmt: skip
+    channels_of(train, len(model.mean))
+    statistics = (model.mean, model.std)
+    resolved = prepare(run, settings, loop, train, here, model, statistics=statistics, classes=train.classes)
     seed_all(settings.seed)
     probed = Probed(model, len(train.classes or []), pool).to(here.device).train()
     loader = train_loader(

@@ -39,7 +39,7 @@ from maekit.tasks.features import Features, extract, knn_top1, pixels
 from maekit.tasks.finetune import finetune
 from maekit.tasks.pretrain import pretrain, some_images
 from maekit.tasks.probe import logistic_top1
-from maekit.tasks.run_folder import typed, write_json
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, same_data, typed
 from maekit.tasks.training import channels_of, number_of_workers
 from maekit.train.device import World, resolve_device
 from maekit.train.log import clock, read_metrics
@@ -70,26 +70,26 @@ def quickstart(settings: Quickstart | dict[str, Any]) -> Result:
         MaekitError: E-DATA-, E-CONFIG-, E-ENV-, E-STOP-, as the stages do.
     """
     settings = typed(Quickstart, settings)
-    began = time.monotonic()
     data = settings.data or "builtin:fashion"
     out = settings.out or Path("runs") / (
         "quickstart" if data == "builtin:fashion" else f"quickstart-{Path(data).stem}"
     )
-    if (out / "config.yaml").exists() or (out.exists() and not out.is_dir()):
-        raise MaekitError(
-            "E-CONFIG-OUT",
-            f"--out {out}",
-            found="a run of another verb" if out.is_dir() else "a file",
-            expected="a folder of its own: each stage is a run below it",
-            hint="another --out",
-        )
+    run = open_run(out, "quickstart", settings)
+    return carry_out(run, lambda: _run(settings, data, run))
+
+
+def _run(settings: Quickstart, data: str, run: Run) -> Result:
+    began, out = time.monotonic(), run.path
     device = resolve_device(settings.device)
     _leave_a_core_to_the_loader(device)
     train, held = (
         open_source(data, part, image_column=settings.image_column, label_column=settings.label_column)
         for part in ("train", "val")
     )
+    fingerprint = train.fingerprint()
+    same_data(run, len(train), fingerprint)
     recipe = _recipe(settings, data, train, out / "pretrain", device)
+    describe(run, settings, Resolved(images=len(train), fingerprint=fingerprint, classes=train.classes))
     log.info("1/4 pre-training on %d unlabelled images; %d held out", len(train), len(held))
     done = pretrain(recipe, dataset=train)
     if done.exit_code:
@@ -116,7 +116,7 @@ def quickstart(settings: Quickstart | dict[str, Any]) -> Result:
     metrics |= {"run": str(out)}
     if measures is not None:
         metrics |= {"knn": measures.knn, "probe": measures.probe, "few_labels": measures.few_labels}
-    write_json(out / "result.json", metrics)
+    finish(run, metrics)
     return Result(metrics, _summary(measures) + f"took {clock(seconds)}; the report: {report.resolve()}")
 
 
@@ -286,8 +286,9 @@ def _few_labels(
         update |= {"device": settings.device, "workers": 0}
         update |= dict.fromkeys(("model", "patch_size", "embed_dim", "depth", "num_heads", "channels", "img_size"))
         update |= {"model": Finetune.model_fields["model"].default}
-        # a hundred labels see as many steps as the recipe says; many classes fewer epochs, to keep to the minutes
-        epochs = max(5, round(min(1.0, 100 / len(labelled)) * (recipe.epochs or 0)))
+        # a hundred labels see as many steps as the recipe says; many classes or few minutes fewer epochs
+        share = min(1.0, 100 / len(labelled), settings.minutes / 2)
+        epochs = max(5, round(share * (recipe.epochs or 0)))
         # scores and checkpoints on the way would take longer than these few seconds of training
         update |= {"epochs": float(epochs), "eval_every": epochs, "save_every": 10**6}
         for arm, scores in arms.items():

@@ -28,7 +28,7 @@ from maekit.report.reconstruction import (
 from maekit.seeds import seed_all
 from maekit.settings import Reconstruct
 from maekit.tasks import Result
-from maekit.tasks.run_folder import typed
+from maekit.tasks.run_folder import outside, typed
 from maekit.train.device import resolve_device
 
 __all__ = ["reconstruct", "reconstruction_figure"]
@@ -50,13 +50,14 @@ def reconstruct(settings: Reconstruct | dict[str, Any]) -> Result:
     settings = typed(Reconstruct, settings)
     _check_usage(settings)
     assert settings.run is not None
+    out = settings.out or _default_out(settings.run)
+    outside(out, settings.data)
     device = resolve_device(settings.device)
     seed_all(settings.seed)  # for a decoder that is not in the file
     model = load_model(settings.run).to(device).eval()
     ratios = _ratios(settings, model.num_patches)
     images, names = _images(settings, model)
     shown = [reconstruct_images(model, images, ratio, settings.seed) for ratio in ratios]
-    out = settings.out or _default_out(settings.run)
     files = _write(out, shown, names)
     scores = {
         f"{100 * one.ratio:.6g}": {"mse": one.mse, "psnr": one.psnr, "psnr_fill": one.psnr_fill, "loss": one.loss}
@@ -96,7 +97,8 @@ def _ratios(settings: Reconstruct, num_patches: int) -> list[float]:
 
 
 def _default_out(run: Path) -> Path:
-    return run / "reconstructions" if (run / "config.yaml").exists() else Path("reconstructions")
+    """Return a folder of its own: RUN/reconstructions holds what training drew."""
+    return run / "reconstruct" if (run / "config.yaml").exists() else Path("reconstruct")
 
 
 def _images(settings: Reconstruct, model: MaskedAutoencoder) -> tuple[Tensor, list[str]]:
@@ -125,7 +127,8 @@ def _from_files(paths: list[Path], model: MaskedAutoencoder) -> list[tuple[Tenso
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise MaekitError("E-DATA-PATH", f"image {path}", found=reason, expected="a readable file") from error
-        found.append((_view(data, str(path), model), path.stem))
+        alike = sum(other.stem == path.stem for other in paths) > 1
+        found.append((_view(data, str(path), model), f"{path.parent.name}/{path.stem}" if alike else path.stem))
     return found
 
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from maekit.config import dump_yaml, load_yaml, resolve
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
-from maekit.settings import Loop, Settings
+from maekit.settings import Loop, Place, Settings
 from maekit.tasks import Result
 from maekit.train import checkpoint
 
@@ -34,15 +34,27 @@ LOCK = ".lock"
 
 
 class Resolved(BaseModel):
-    """What the first launch decided and every later one keeps."""
+    """What the first launch decided and every later one keeps.
+
+    Attributes:
+        images: how many there are.
+        fingerprint: of their names and sizes.
+        precision: "fp32" | "bf16" | "fp16"; this and what follows is empty where a verb does not train by itself.
+        micro_batch: images per process and pass.
+        mean: of each channel, in units of 0..1.
+        std: of each channel.
+        classes: names in the order of the outputs.
+        model: arguments of `create_model`, whatever they came from.
+    """
 
     images: int
     fingerprint: str
-    precision: str
-    micro_batch: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    precision: str = ""
+    micro_batch: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     classes: list[str] | None = None
+    model: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,13 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     """Open a run folder, new or old.
 
     Raises:
-        MaekitError: E-CONFIG-OUT (not a folder, files that are no run's, not what ``--resume`` asks for), E-CONFIG-RUN
-            (another run: another verb, or settings that change the numbers differ), E-ENV-OUT (not writable).
+        MaekitError: E-CONFIG-OUT (not a folder, in the data, files that are no run's, not what ``--resume`` asks for),
+            E-CONFIG-RUN (another run: another verb, or settings that change the numbers differ), E-ENV-OUT.
     """
     if path.exists() and not path.is_dir():
         raise MaekitError("E-CONFIG-OUT", f"--out {path}", found="a file", expected="a folder, or nothing yet")
+    if isinstance(settings, Place):
+        outside(path, settings.data)
     file = path / "config.yaml"
     wanted = settings.resume if isinstance(settings, Loop) else None
     if wanted is not None and wanted != file.exists():
@@ -108,6 +122,21 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     return Run(path, None, None, made)
 
 
+def outside(out: Path, data: str | None) -> None:
+    """Refuse to write among the images: what is written would be read as one of them.
+
+    Raises:
+        MaekitError: E-CONFIG-OUT.
+    """
+    if data is None or data.startswith("builtin:") or not Path(data).is_dir():
+        return
+    if out.resolve().is_relative_to(Path(data).resolve()):
+        raise MaekitError(
+            "E-CONFIG-OUT", f"--out {out}", found=f"a place in --data {data}", expected="one beside the images",
+            hint="another --out",
+        )  # fmt: skip
+
+
 def carry_out(run: Run, work: Callable[[], Result]) -> Result:
     """Do the work of an open run, or nothing if it is finished.
 
@@ -118,12 +147,15 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         MaekitError: E-ENV-BUSY if another process is at work in the folder, and whatever `work` raises.
     """
     if run.result is not None:
-        return Result(run.result, f"{run.path} is finished: nothing to do")
+        report = run.path / "report.html"
+        look = f"; the report: {report.resolve()}" if report.exists() else ""
+        return Result(run.result, f"{run.path} is finished: nothing to do{look}")
     try:
         with _alone(run.path), _signals_interrupt():
             return work()
     except (KeyboardInterrupt, SystemExit):
-        saved = checkpoint.newest(run.path / "checkpoints")
+        folders = sorted(run.path.rglob("checkpoints"))  # a quickstart's are those of its stages
+        saved = next((found for folder in folders if (found := checkpoint.newest(folder))), None)
         if saved is None:
             _take_away(run)
             raise
@@ -211,7 +243,12 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
             expected="the same settings, to go on",
             hint="another --out, or the run's own settings: --config " + str(path / "config.yaml"),
         )
-    result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
+    result = None
+    if (path / "result.json").exists():
+        try:
+            result = dict(json.loads((path / "result.json").read_text()))
+        except ValueError:
+            log.warning("%s cannot be read: the run counts as unfinished", path / "result.json")
     log.info("%s: %s", path, "finished already, nothing to do" if result else "an unfinished run is here, going on")
     return Run(path, Resolved.model_validate(header["resolved"]), result)
 
@@ -245,15 +282,10 @@ def same_data(run: Run, images: int, fingerprint: str) -> None:
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:
     """Write result.json: the run is finished."""
-    write_json(run.path / "result.json", metrics)
-
-
-def write_json(path: Path, metrics: dict[str, Any]) -> None:
-    """Write a result where people and scripts look for it."""
-    write_whole(path, (json.dumps(metrics, indent=1) + "\n").encode())
+    write_whole(run.path / "result.json", (json.dumps(metrics, indent=1) + "\n").encode())
 
 
 def stopped(metrics: dict[str, Any]) -> Result:
     """Say how a stopped run goes on: exit code 75."""
-    text = f"stopped at step {metrics['steps']} with a checkpoint; the same command goes on"
-    return Result(metrics, text, exit_code=75)
+    log.info("stopped at step %d with a checkpoint; the same command goes on", metrics["steps"])
+    return Result(metrics, exit_code=75)

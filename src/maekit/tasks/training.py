@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from maekit.data.check import check
-from maekit.data.image import read_image
+from maekit.data.image import read_image, sniff
 from maekit.data.loader import Loader, View, auto_workers, steps_per_epoch
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
+from maekit.model.mae import MaskedAutoencoder
 from maekit.settings import Loop, Settings
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, same_data
@@ -47,10 +48,8 @@ def prepare(
     loop: Loop,
     source: Source,
     world: World,
+    model: MaskedAutoencoder,
     *,
-    num_patches: int,
-    width: int,
-    channels: int,
     statistics: Statistics | None = None,
     classes: list[str] | None = None,
 ) -> Resolved:
@@ -61,8 +60,7 @@ def prepare(
     Args:
         settings: the verb's, for config.yaml.
         loop: batch sizes and precision.
-        num_patches: per image, for ``micro_batch: auto``.
-        width: of the encoder, for ``precision: auto``.
+        model: its size decides where settings say auto; it is given the statistics of the images.
         statistics: mean and std to use in place of measured ones.
 
     Raises:
@@ -75,13 +73,15 @@ def prepare(
     if loop.compile:
         check_compiler(world.device)
     if run.resolved is not None:
-        return _again(run.resolved, loop, batch, world, num_patches)
-    parts = micro_batch(loop, batch, world.size, num_patches)
+        model.set_statistics(run.resolved.mean, run.resolved.std)
+        return _again(run.resolved, loop, batch, world, model.num_patches)
+    parts = micro_batch(loop, batch, world.size, model.num_patches)
     in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
-    precision = resolve_precision(loop.precision, world.device, width)
-    report = check(source, channels=channels)
+    precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
+    report = check(source, channels=len(model.mean))
     mean, std = statistics or (report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std))
+    model.set_statistics(mean, std)
     resolved = Resolved(
         images=len(source),
         fingerprint=fingerprint,
@@ -90,6 +90,7 @@ def prepare(
         mean=mean,
         std=std,
         classes=classes,
+        model=model.spec,
     )
     if len(source) < loop.batch_size:
         log.warning(
@@ -176,14 +177,28 @@ def channels_of(source: Source, wanted: int | None) -> int:
     """Return how many channels the images have: what was asked for, what arrays hold, 3 for pictures.
 
     Raises:
-        MaekitError: E-DATA-BAD if none of the first images can be read.
+        MaekitError: E-CONFIG-CHANNELS if they cannot have as many as asked for, E-DATA-BAD if none of the first images
+            can be read.
     """
-    if wanted is not None:
-        return wanted
+    has, is_picture = _first_image(source)
+    if wanted in (None, has) or (is_picture and wanted == 1):
+        return wanted or has
+    raise MaekitError(
+        "E-CONFIG-CHANNELS",
+        f"{source.name}",
+        found="pictures, which give 3 channels or 1" if is_picture else f"images of {has} channels",
+        expected=f"{wanted} channels, as --channels or the weights say",
+        hint=f"--channels {has}, or weights for such images",
+    )
+
+
+def _first_image(source: Source) -> tuple[int, bool]:
+    """Return the channels of the first image that can be read, and whether it is a picture (no array)."""
     for index in range(min(len(source), 100)):
         with contextlib.suppress(MaekitError):
             data = source.read(index)
-            return len(data if isinstance(data, Tensor) else read_image(data, name=source.ids[index]))
+            image = data if isinstance(data, Tensor) else read_image(data, name=source.ids[index])
+            return len(image), not isinstance(data, Tensor) and sniff(data) != "npy"
     raise MaekitError(
         "E-DATA-BAD", f"{source.name}", found="no readable image among the first", hint="maekit data PATH"
     )

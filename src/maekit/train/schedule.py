@@ -3,14 +3,11 @@
 Per optimizer step, not per epoch, as the official pre-training and fine-tuning do it (arXiv 2111.06377, appendix A).
 """
 
-import logging
 import math
 from dataclasses import dataclass
 
 from maekit.errors import MaekitError
 from maekit.settings import Loop
-
-log = logging.getLogger("maekit")
 
 WARMUP = 0.05
 """Share of the schedule when nothing is said: 40 of 800 epochs (paper table 8), 5 of 100 (table 9)."""
@@ -57,11 +54,6 @@ def schedule(settings: Loop, steps_per_epoch: int, global_batch: int) -> Schedul
         warmup = round(WARMUP * total)
     elif warmup is None:
         warmup = round((settings.warmup_epochs or 0) * steps_per_epoch)
-        if settings.steps is not None:
-            # a length in steps is chosen for short runs; a recipe's warm-up of many epochs must not swallow it
-            if warmup > total // 10:
-                log.info("warm-up shortened from %d to %d of %d steps", warmup, total // 10, total)
-            warmup = min(warmup, total // 10)
     if warmup > total:
         raise MaekitError(
             "E-CONFIG-LENGTH",

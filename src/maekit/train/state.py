@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maekit.errors import MaekitError
 from maekit.train import checkpoint
 
-DIVERGED = "another --out with a lower --base-lr or --clip-grad 1; the last checkpoint is finite: --init takes it up"
+DIVERGED = "another --out with a lower --base-lr or --clip-grad 1; --init RUN takes up a checkpoint made before this"
 
 
 class Average:
