@@ -508,7 +508,8 @@ def _messages_on_stderr(debug: bool) -> Iterator[None]:
     handler.setFormatter(_Format())
     before = log.level
     log.addHandler(handler)
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one process speaks
+    log.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     try:
         yield
     finally:

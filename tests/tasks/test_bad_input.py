@@ -100,7 +100,7 @@ ROWS = [
     ("knn missing --data CLASSES --device cpu", 4, "E-CKPT-MISSING", "missing"),
     ("knn --data CLASSES --device cpu", 2, "E-USAGE-RUN", "no weights named"),
     (f"{PRETRAIN} --init RUN", 4, "E-CKPT-MODEL", "--num-heads 4"),
-    (f"{PRETRAIN} --init RUN --num-heads 4 --decoder-heads 4", 4, "E-CKPT-MODEL", "maekit config show"),
+    (f"{PRETRAIN} --init RUN --num-heads 4 --decoder-heads 4 --target pixel", 4, "E-CKPT-MODEL", "maekit config show"),
     (
         "pretrain --recipe builtin/pretrain-fashion --init RUN --num-heads 8 --out NEW --device cpu --data FLAT "
         "--batch-size 8",

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -195,8 +196,9 @@ def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
     )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # the child's own line is on stderr; the launcher would add tracebacks to it
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # the child's own line is on stderr; the launcher would add tracebacks to it, and whom it ended after that
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with _forwarded(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             return elastic_launch(config, _in_child)(task, *args)[0]
@@ -230,5 +232,7 @@ def _in_child(task: Callable[..., T], *args: Any) -> T:
     try:
         return task(*args)
     except MaekitError as error:
+        if int(os.environ["RANK"]) > 0:  # a mistake of all is told by the first, and the launcher then ends the others
+            time.sleep(3)
         sys.stderr.write(f"maekit: {error}\n")
         raise SystemExit(error.exit_code) from None
