@@ -9,8 +9,8 @@ def pretrain_32() -> Pretrain:
     """Small images (32 px): a reduced encoder, 128 wide with 4 blocks, on 64 patches.
 
     Source: our own; patch 4 keeps as many patches as details of such images allow.
-    Cost: CIFAR-10 in about an hour on one core (docs/experiments.md).
-    Expect: see docs/experiments.md.
+    Cost: CIFAR-10 in 1 h 25 min on one busy core (docs/experiments.md).
+    Expect: CIFAR-10 with 10 % of the labels: kNN 0.424, linear probe 0.547; a random encoder 0.291 and 0.416.
     """
     return Pretrain(
         model=MODEL,
@@ -24,7 +24,7 @@ def pretrain_32() -> Pretrain:
         decoder_heads=4,
         target="norm_pixel",
         mask_ratio=0.75,
-        epochs=20,
+        epochs=50,
         batch_size=256,
         base_lr=1e-3,
         warmup_epochs=2,
