@@ -163,6 +163,16 @@ def test_two_sources_of_a_mask_are_one_too_many(build: Build) -> None:
     assert caught.value.code == "E-CONFIG-MASK"
 
 
+def test_a_generator_beside_noise_or_mask_would_be_ignored_and_is_refused(build: Build) -> None:
+    model = build()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, model.num_patches)
+    given = {"noise": noise, "mask": noise > noise.median(dim=1, keepdim=True).values}
+    for name, value in given.items():
+        with pytest.raises(MaekitError, match=f"argument generator: found {name} as well") as caught:
+            model(images, generator=torch.Generator(), **{name: value})
+        assert caught.value.code == "E-CONFIG-MASK"
+
+
 def test_a_generator_alone_decides_the_mask(build: Build) -> None:
     model, images = build(), torch.zeros(2, 3, 32, 32)
     draws = [model(images, generator=torch.Generator().manual_seed(seed)).mask for seed in (1, 1, 2)]

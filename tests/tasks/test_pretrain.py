@@ -1,5 +1,6 @@
 """Pre-training from end to end: the command, its run folder, and that nothing which may differ changes a bit."""
 
+import fcntl
 import json
 import os
 import random
@@ -306,6 +307,23 @@ def test_a_second_process_in_the_same_folder_is_refused(
     assert second.code == 5 and "error[E-ENV-BUSY]" in second.stderr and f"pid {command.pid}" in second.stderr
     command.send(signal.SIGTERM)
     assert command.wait().code == 75 and not (tmp_path / "run/.lock").exists()
+
+
+def test_a_lock_that_its_holder_has_just_deleted_is_not_taken(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: dict[str, Any]
+) -> None:
+    """Between opening the file and locking it another process may have ended, and a third begun with a new file."""
+    settings, real = {**tiny, "data": str(flat), "out": tmp_path / "run"}, fcntl.flock
+
+    def late(*words: Any) -> None:
+        real(*words)
+        (tmp_path / "run/.lock").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(MaekitError, match="E-ENV-BUSY"):
+            package.pretrain(settings)
+    assert package.pretrain(settings).metrics["state_sha256"] == result["state_sha256"]
 
 
 def test_a_finished_run_needs_its_images_no_more(

@@ -166,15 +166,14 @@ class Loader:
         self.seen = 0
         self.bad_log = bad_log
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, drop_last)
-        self._orders: dict[int, list[int]] = {}
+        self._order: tuple[int, list[int]] = (-1, [])
 
     def order(self, epoch: int) -> list[int]:
         """Return the permutation of sample indices of one epoch: a function of (seed, epoch)."""
-        if epoch not in self._orders:
+        if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            order = torch.randperm(len(self.source), generator=generator).tolist()
-            self._orders = {epoch: order}  # the only one that is asked for again
-        return self._orders[epoch]
+            self._order = epoch, torch.randperm(len(self.source), generator=generator).tolist()
+        return self._order[1]
 
     def _share(self, step: int) -> tuple[int, int, int, int]:
         """Return epoch, first and end of the global batch in its order, and that batch's size."""

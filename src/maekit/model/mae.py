@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maekit.errors import MaekitError
 from maekit.model.decoder import Decoder
-from maekit.model.encoder import create_encoder, encode
+from maekit.model.encoder import create_encoder, encode, geometry
 from maekit.model.masking import Masking, given_masking, len_keep, random_masking
 from maekit.model.patches import patchify, resample_positions
 from maekit.model.targets import TARGETS, reconstruction_loss, target_of
@@ -72,6 +72,11 @@ class MaskedAutoencoder(nn.Module):
         self.grid: tuple[int, int] = (embed.grid_size[0], embed.grid_size[1])
         self.patch: int = embed.patch_size[0]
         self.num_patches = self.grid[0] * self.grid[1]
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the encoder."""
+        return self.spec["num_heads"] or geometry(self.spec["name"]).heads
 
     def forward(
         self,

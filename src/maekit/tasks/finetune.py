@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -15,7 +16,6 @@ from maekit.data.loader import Batch, Loader
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model, metadata
-from maekit.model.encoder import geometry
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder, at_size, create_model
 from maekit.seeds import seed_all
@@ -161,7 +161,7 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
         "patch_size": model.patch,
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "num_heads": model.spec["num_heads"] or geometry(model.spec["name"]).heads,
+        "num_heads": model.num_heads,
     }
     for name, value in has.items():
         asked = getattr(settings, name)
@@ -237,10 +237,11 @@ def scorer(
                 logits = model(batch["images"]).float()
             lost = F.cross_entropy(logits, batch["labels"], reduction="none")
             found = (batch["ids"], logits.argmax(1) == batch["labels"], lost)
-            rows.append(torch.stack([column.double().cpu() for column in found], 1))
-        # an image that stood in for an unreadable one counts once
-        by_id = {int(row[0]): row for row in here.gather(torch.cat(rows))}
-        _, right, lost = torch.stack(list(by_id.values())).unbind(1)
+            rows.append(torch.stack([column.cpu().double() for column in found], 1))
+        table = here.gather(torch.cat(rows))
+        # in order of the images, at any world size; one that stood in for an unreadable one counts once
+        _, first = np.unique(table[:, 0].numpy(), return_index=True)
+        _, right, lost = table[torch.from_numpy(first)].unbind(1)
         yield "val/top1", float(right.mean())
         yield "val/loss", float(lost.mean())
 

@@ -11,7 +11,6 @@ from maekit.data.loader import Batch, Loader
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import holds_decoder, load_model, metadata, save_encoder
-from maekit.model.encoder import geometry
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep
 from maekit.report.pretraining import pretrain_report
@@ -146,10 +145,10 @@ def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder
     Raises:
         MaekitError: E-CKPT-MODEL if a tensor does not fit.
     """
-    parts = ("num_heads", "decoder_heads", "target") if with_decoder else ("num_heads",)
-    heads = {"num_heads": (_heads(model), _heads(old))}
-    for name in parts:  # what shapes do not tell
-        now, before = heads.get(name, (model.spec.get(name), old.spec.get(name)))
+    untold = {"num_heads": (model.num_heads, old.num_heads)}  # by shapes
+    if with_decoder:
+        untold |= {name: (model.spec[name], old.spec[name]) for name in ("decoder_heads", "target")}
+    for name, (now, before) in untold.items():
         if now != before:
             raise MaekitError(
                 "E-CKPT-MODEL", "setting init", found=f"weights of {name} {before}", expected=f"{name} {now}",
@@ -169,10 +168,6 @@ def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder
             hint="the model settings of the run that they are from: maekit config show RUN",
         )
     model.load_state_dict({name: theirs[name] for name in learned}, strict=False)
-
-
-def _heads(model: MaskedAutoencoder) -> int:
-    return model.spec["num_heads"] or geometry(model.spec["name"]).heads
 
 
 def some_images(source: Source, model: MaskedAutoencoder, count: int = 8) -> Tensor:

@@ -181,6 +181,10 @@ def _alone(path: Path) -> Iterator[None]:
     with file.open("a+", encoding="utf-8") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not file.exists() or not os.path.samestat(
+                os.fstat(held.fileno()), file.stat()
+            ):  # its holder ended and deleted it just now
+                raise BlockingIOError
         except BlockingIOError:
             held.seek(0)
             raise MaekitError(
@@ -190,6 +194,8 @@ def _alone(path: Path) -> Iterator[None]:
                 expected="one at a time",
                 hint="wait for it, or another --out",
             ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): start no second process in it", path, error.strerror)
         held.truncate(0)
         held.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         held.flush()
