@@ -76,15 +76,20 @@ def clamped_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float
     """
     if scale == (1.0, 1.0):
         return eval_view(image, size)
-    height, width = image.shape[-2:]
-    area = height * width * _uniform(*scale)
-    aspect = math.exp(_uniform(*map(math.log, ASPECT)))
-    wide = min(width, max(1, round(math.sqrt(area * aspect))))
-    tall = min(height, max(1, round(math.sqrt(area / aspect))))
-    top, left = (int(torch.randint(0, room + 1, ())) for room in (height - tall, width - wide))
+    top, left, tall, wide = clamped_box(image.shape[-2], image.shape[-1], scale)
     return F.resized_crop(
         image, top, left, tall, wide, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
     )
+
+
+def clamped_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width of a box for `clamped_crop`, in pixels."""
+    area = height * width * _uniform(*scale)
+    aspect = math.exp(_uniform(*map(math.log, ASPECT)))
+    tall = min(height, max(1, round(math.sqrt(area / aspect))))
+    wide = min(width, max(1, round(math.sqrt(area * aspect))))
+    top, left = (int(torch.randint(0, room + 1, ())) for room in (height - tall, width - wide))
+    return top, left, tall, wide
 
 
 def _uniform(low: float, high: float) -> float:
