@@ -121,7 +121,7 @@ def _layers(
     said = {name: _from_text(cls, name, value) for name, value in flags.items()}
     written, is_a_run = _from_file(cls, file) if file is not None else ({}, False)
     # a run's own file holds every value: its recipe is only remembered, where a newer maekit still has it
-    if is_a_run and written.get("recipe") not in RECIPES:
+    if is_a_run and str(written.get("recipe")) not in RECIPES:
         written["recipe"] = None
     name = recipe or said.get("recipe") or (None if is_a_run else written.get("recipe"))
     layers = [(f"config {file}", written), ("flag", said)]

@@ -275,7 +275,9 @@ class Probe(Images, Labels, Machine):
     epochs: float | None = setting(None, "lars: passes over the data; default: 90 (T10)", gt=0)
     batch_size: int | None = setting(None, "lars: global batch; default: 1024 (T10: 16384)", ge=1)
     micro_batch: AutoCount = setting(
-        "auto", "lars: images per process and pass, which are one batch of the batch norm; auto: up to 512 (OFF)"
+        "auto",
+        "lars: images per process and pass, which are one batch of the batch norm; auto: up to 512 (OFF)",
+        resume="free",
     )
     base_lr: float | None = setting(None, "lars: learning rate per 256 images; default: 0.1 (T10)", gt=0)
     warmup_epochs: float | None = setting(

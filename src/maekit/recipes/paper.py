@@ -359,7 +359,8 @@ def _scratch(model: str, epochs: int, drop_path: float) -> Recipe[Finetune]:
 def scratch_vit_b16() -> Recipe[Finetune]:
     """ViT-B/16 from random weights: the supervised arm of the paper.
 
-    Source: T11; it is silent on crop, pooling, erasing and lowest rate, which are those of fine-tuning, none and 0.
+    Source: T11; it is silent on crop, pooling, erasing and lowest rate, which are those of fine-tuning, none and 0;
+        pixels are normalised by mean and deviation of the training images.
     Cost: not measured.
     Expect: 0.823 top-1 of the averaged weights (ema_top1), 0.821 without averaging (paper); not measured here.
     """
@@ -369,7 +370,8 @@ def scratch_vit_b16() -> Recipe[Finetune]:
 def scratch_vit_l16() -> Recipe[Finetune]:
     """ViT-L/16 from random weights: the supervised arm of the paper.
 
-    Source: T11; it is silent on crop, pooling, erasing and lowest rate, which are those of fine-tuning, none and 0.
+    Source: T11; it is silent on crop, pooling, erasing and lowest rate, which are those of fine-tuning, none and 0;
+        pixels are normalised by mean and deviation of the training images.
     Cost: not measured.
     Expect: 0.826 top-1 of the averaged weights (ema_top1), 0.815 without averaging (paper); not measured here.
     """
@@ -379,7 +381,8 @@ def scratch_vit_l16() -> Recipe[Finetune]:
 def scratch_vit_h14() -> Recipe[Finetune]:
     """ViT-H/14 from random weights: the supervised arm of the paper.
 
-    Source: T11; it is silent on crop, pooling, erasing and lowest rate, which are those of fine-tuning, none and 0.
+    Source: T11; it is silent on crop, pooling, erasing and lowest rate, which are those of fine-tuning, none and 0;
+        pixels are normalised by mean and deviation of the training images.
     Cost: not measured.
     Expect: 0.831 top-1 of the averaged weights (ema_top1), 0.809 without averaging (paper); not measured here.
     """
