@@ -1,31 +1,27 @@
-"""What a check is: plain data and a function that looks at a subject and says what it found.
+"""A check is plain data and a function; a subject is what it looks at; an audit runs checks on a subject."""
 
-Nothing here knows the method; the checks are in `weights`, `passes` and `recipe`.
-
-B batch, C channels, P patch side, N patches, K kept patches, D token width.
-"""
-
+import copy
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from maekit.conformance.adapter import Adapter, Recipe
+from maekit.conformance.adapter import Adapter, NotShown, Pass, read_pass
+from maekit.conformance.paper import depth
 from maekit.errors import clean
 
-Status = Literal["ok", "deviates", "not shown", "crashed"]
+log = logging.getLogger("maekit")
+
+OK, DEVIATES, NOT_SHOWN, CRASHED = "ok", "deviates", "not shown", "crashed"
 
 
-class NotShown(Exception):
-    """The subject has no such part, so that nothing can be said; the text is the reason."""
-
-
-class Finding(NamedTuple):
-    """What a check saw: whether it is as it should be, in words what was found and what was expected."""
+class Answer(NamedTuple):
+    """What a check saw."""
 
     ok: bool
     found: str
@@ -34,214 +30,193 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """One fact of the method.
+    """One question to an implementation.
 
     Attributes:
-        name: one word with hyphens, as in the table.
-        title: one line.
-        source: where the paper or the official code says so.
-        rows: labels in docs/conformance.md: "D1", "3.1", "trap 4.5".
-        consequence: what it costs when it deviates.
-        run: looks.
-        tolerance: how far off still counts as equal.
-        why: the reason for this tolerance.
-        trained: also holds for trained weights, not only for fresh ones.
+        name: for ``--only`` and docs/conformance.md.
+        title: what is asked, one line.
+        source: where the rule stands: paper section or official file.
+        rows: the labels of docs/conformance.md that it answers: D1, 3.1 cost, trap 4.5.
+        tolerance: how near is right.
+        reason: why not nearer.
+        consequence: what happens to those who deviate.
+        look: gives an `Answer`, or raises `NotShown`.
+        fresh: asks about freshly drawn weights; left out for trained ones.
     """
 
     name: str
     title: str
     source: str
     rows: tuple[str, ...]
+    tolerance: str
+    reason: str
     consequence: str
-    run: "Callable[[Subject], Finding]"
-    tolerance: str = "none"
-    why: str = "a count, a flag or a copy: nothing is computed that could round"
-    trained: bool = False
+    look: "Callable[[Subject], Answer]"
+    fresh: bool = False
 
 
-class Row(NamedTuple):
-    """A check as it came out."""
+@dataclass(frozen=True)
+class Finding:
+    """A check's outcome: status is ok, deviates, not shown or crashed."""
 
     check: Check
-    status: Status
+    status: str
     found: str
-    expected: str
+    expected: str = ""
 
 
-class Pass(NamedTuple):
-    """One training pass: what it was given and what came out, the mask as bool with True = removed."""
+class Shape(NamedTuple):
+    """Geometry, read off the tensors; 0 for what is not there. `paper.macs` takes the first seven."""
 
-    images: Tensor
-    noise: Tensor
-    loss: Tensor
-    pred: Tensor
-    mask: Tensor
-    ids_keep: Tensor
-    latent: Tensor
+    width: int
+    depth: int
+    decoder_width: int
+    decoder_depth: int
+    num_patches: int
+    values: int
+    prefix: int
+    channels: int
+    patch: int
+    grid: tuple[int, int]
 
 
 class Subject:
-    """One implementation under audit; models and passes are made once and shared by the checks.
+    """An implementation under audit: its model and passes, each made once."""
 
-    Args:
-        adapter: how it is asked.
-        batch: images of a pass.
-    """
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter: Any = adapter
+        self.trained = bool(getattr(adapter, "trained", False))
+        self._once: dict[Callable[..., Any], Any] = {}
 
-    def __init__(self, adapter: Adapter, batch: int = 2) -> None:
-        self.adapter, self.batch = adapter, batch
+    def once(self, look: "Callable[[Subject], Any]") -> Any:
+        """Return what a function says of this subject, asked once however many checks need it."""
+        if look not in self._once:
+            self._once[look] = look(self)
+        return self._once[look]
+
+    def part(self, method: str) -> Any:
+        """Return an optional method of the adapter.
+
+        Raises:
+            NotShown: if it has none.
+        """
+        found = getattr(self.adapter, method, None)
+        if found is None:
+            raise NotShown(f"the adapter has no {method}")
+        return found
 
     @cached_property
     def model(self) -> nn.Module:
-        """The audited model, in train mode as in pre-training."""
-        torch.manual_seed(0)
-        return self.adapter.build(0).train()
+        """The model of seed 0, in eval mode."""
+        return self.adapter.build(0).eval()
 
     @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Live tensors under official names."""
-        return self.adapter.tensors(self.model)
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors under the authors' names."""
+        return dict(self.adapter.tensors(self.model))
+
+    @cached_property
+    def precise(self) -> nn.Module:
+        """A copy in float64: rounding is then far below every deviation of interest."""
+        return copy.deepcopy(self.model).double()
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        """The tensors of `precise`."""
+        return {name: value.detach() for name, value in self.adapter.tensors(self.precise).items()}
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, detached.
+        """Return a tensor by the authors' name.
 
         Raises:
             NotShown: if the model has none of that name.
         """
-        if name not in self.tensors:
-            raise NotShown(f"the adapter names no {name}")
-        return self.tensors[name].detach()
+        if self.tensors.get(name) is None:
+            raise NotShown(f"the model has no {name}")
+        return self.tensors[name]
 
-    def owner(self, name: str) -> nn.Module:
-        """Return the module that holds a tensor.
+    @cached_property
+    def shape(self) -> Shape:
+        """Its geometry."""
+        width, channels, patch, _ = self.tensor("patch_embed.proj.weight").shape
+        prefix = int("cls_token" in self.tensors)
+        num = self.tensor("pos_embed").shape[1] - prefix
+        grid = getattr(self.adapter, "grid", None) or (math.isqrt(num), math.isqrt(num))
+        embed = self.tensors.get("decoder_embed.weight")
+        deep, decoder_deep = (depth(self.tensors, name) for name in ("blocks", "decoder_blocks"))
+        decoder = (0 if embed is None else embed.shape[0], decoder_deep)
+        return Shape(width, deep, *decoder, num, patch * patch * channels, prefix, channels, patch, grid)
+
+    def images(self, batch: int = 2, *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Draw images whose patches range from nearly constant to strong contrast, so that every epsilon shows."""
+        shape, generator = self.shape, torch.Generator().manual_seed(7)
+        rows, columns = shape.grid
+        size = (batch, shape.channels, rows * shape.patch, columns * shape.patch)
+        contrast = 10.0 ** torch.empty(batch, 1, rows, columns).uniform_(-4, 0.3, generator=generator)
+        contrast = contrast.repeat_interleave(shape.patch, 2).repeat_interleave(shape.patch, 3)
+        return (torch.randn(size, generator=generator) * contrast + 0.3).to(dtype)
+
+    def noise(self, batch: int = 2, seed: int = 11, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Draw the noise of masks."""
+        return torch.rand(batch, self.shape.num_patches, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def run(self, model: nn.Module, images: Tensor, noise: Tensor | None, mask_ratio: float = 0.75) -> Pass:
+        """Run the model; with noise the generators are seeded too, for models that cannot be told."""
+        if noise is not None:
+            torch.manual_seed(int(noise.sum() * 1e6))
+        return read_pass(self.adapter.forward(model, images, noise, mask_ratio))
+
+    @cached_property
+    def shot(self) -> Pass:
+        """One pass in float64 over `images`, with gradients."""
+        return self.run(self.precise, self.images(), self.noise())
+
+    def kept(self) -> Tensor:
+        """Return ids_keep of `shot`.
 
         Raises:
-            NotShown: if none does, as for a projection that was put together from several.
+            NotShown: if the adapter tells neither ids_keep nor ids_restore.
         """
-        wanted = self.tensors.get(name)
-        for module in self.model.modules():
-            if any(own is wanted for own in module.parameters(recurse=False)):
-                return module
-        raise NotShown(f"no module holds {name} as one parameter")
+        if self.shot.ids_keep is None:
+            raise NotShown("the adapter's forward gives no ids_keep or ids_restore")
+        return self.shot.ids_keep
 
-    @property
-    def optional(self) -> Recipe:
-        """The adapter's optional methods."""
-        return _Optional(self.adapter)  # pyright: ignore[reportReturnType]
+    def latent(self) -> Tensor:
+        """Return the latent of `shot`, as the decoder was given it.
 
-    def depth(self, prefix: str = "blocks") -> int:
-        """Return the number of blocks, "blocks" of the encoder or "decoder_blocks"."""
-        numbers = {int(name.split(".")[1]) for name in self.tensors if name.startswith(f"{prefix}.")}
-        return len(numbers)
+        Raises:
+            NotShown: if the adapter does not tell it.
+        """
+        if self.shot.latent is None:
+            raise NotShown("the adapter's forward gives no latent")
+        return self.shot.latent
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.tensor("patch_embed.proj.weight").shape[0]
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.tensor("patch_embed.proj.weight").shape[1]
-
-    @property
-    def patch(self) -> int:
-        """P."""
-        return self.tensor("patch_embed.proj.weight").shape[2]
-
-    @property
-    def side(self) -> int:
-        """Rows, and columns, of the grid."""
-        rows = self.tensor("pos_embed").shape[1]
-        side = math.isqrt(rows)
-        if rows not in (side * side, side * side + 1):
-            raise NotShown(f"{rows} positions are no square grid with at most a class token")
-        return side
-
-    @property
-    def num_patches(self) -> int:
-        """N."""
-        return self.side * self.side
-
-    def images(self, seed: int = 0) -> Tensor:
-        """Return images (B, C, H, W) whose patches differ in mean and contrast, and whose channels differ too."""
-        generator = torch.Generator().manual_seed(seed)
-        side, patch, channels = self.side, self.patch, self.channels
-
-        def coarse(low: float, high: float) -> Tensor:
-            values = torch.rand(self.batch, channels, side, side, generator=generator) * (high - low) + low
-            return values.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-
-        size = (self.batch, channels, side * patch, side * patch)
-        return torch.randn(size, generator=generator) * coarse(0.2, 1.5) + coarse(-1.5, 1.5)
-
-    def noise(self, seed: int = 1) -> Tensor:
-        """Return noise (B, N)."""
-        return torch.rand(self.batch, self.num_patches, generator=torch.Generator().manual_seed(seed))
-
-    def forward(self, images: Tensor, noise: Tensor, mask_ratio: float = 0.75) -> Pass:
-        """Run a training pass, always from the same state of torch's generators."""
-        torch.manual_seed(2)
-        out = self.adapter.forward(self.model, images, noise, mask_ratio)
-        mask = out["mask"].bool()
-        if "ids_keep" in out:
-            ids_keep = out["ids_keep"]
-        else:
-            ids_keep = out["ids_restore"].argsort(dim=1)[:, : int((~mask).sum(1)[0])]
-        return Pass(images, noise, out["loss"], out["pred"], mask, ids_keep, out["latent"])
-
-    @cached_property
-    def out(self) -> Pass:
-        """The pass that most checks look at: 75 % removed."""
-        return self.forward(self.images(), self.noise())
-
-    def masks(self, number: int, mask_ratio: float = 0.75) -> Tensor:
-        """Return masks (M, N) as training draws them: `number` by the adapter's ``masks``, else 32 from passes."""
-        torch.manual_seed(3)
-        if hasattr(self.adapter, "masks"):
-            return self.optional.masks(self.model, number, mask_ratio).bool()
-        rows: list[Tensor] = []
-        with torch.no_grad():
-            while sum(map(len, rows)) < 32:
-                images = self.images().repeat(4, 1, 1, 1)
-                noise = torch.rand(len(images), self.num_patches)
-                rows.append(self.adapter.forward(self.model, images, noise, mask_ratio)["mask"].bool())
-        return torch.cat(rows)
-
-    @cached_property
-    def published(self) -> Mapping[str, nn.Module]:
-        """The paper's models on the meta device."""
-        return self.optional.published()
+    def heads(self, *, decoder: bool) -> list[int]:
+        """Return the numbers of heads to try: the adapter's, or every divisor, the usual ones first."""
+        told = getattr(self.adapter, "heads", None)
+        if told:
+            return [told[int(decoder)]]
+        width, usual = (self.shape.decoder_width, 16) if decoder else (self.shape.width, self.shape.width // 64)
+        divisors = [n for n in range(1, width + 1) if width % n == 0 and width // n >= 4]
+        return sorted(divisors, key=lambda n: abs(n - usual))
 
 
-class _Optional:
-    """Hands out the methods that an adapter has, and says which one it lacks."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.adapter, name, None)
-        if method is None:
-            raise NotShown(f"the adapter has no {name}()")
-        return method
+def audit(adapter: Adapter, checks: Iterable[Check]) -> list[Finding]:
+    """Run checks on an implementation; what a check raises is a finding and ends nothing."""
+    subject = Subject(adapter)
+    return [look(check, subject) for check in checks]
 
 
-def audit(adapter: Adapter, checks: Sequence[Check], batch: int = 2) -> list[Row]:
-    """Put an implementation to the checks; a check that fails to run is told as such, never as ok.
-
-    The global generators of torch are left as they were.
-    """
-    subject = Subject(adapter, batch)
-    with torch.random.fork_rng(devices=[]):
-        return [_run(check, subject) for check in checks]
-
-
-def _run(check: Check, subject: Subject) -> Row:
+def look(check: Check, subject: Subject) -> Finding:
+    """Run one check."""
+    if check.fresh and subject.trained:
+        return Finding(check, NOT_SHOWN, "the weights are trained; this is about fresh ones")
+    log.debug("check %s", check.name)
     try:
-        ok, found, expected = check.run(subject)
-        return Row(check, "ok" if ok else "deviates", found, expected)
+        answer = check.look(subject)
     except NotShown as reason:
-        return Row(check, "not shown", str(reason), "")
-    except Exception as error:  # whatever a foreign model does is a finding, not an end
-        return Row(check, "crashed", clean(f"{type(error).__name__}: {error}", 160), "a check that runs")
+        return Finding(check, NOT_SHOWN, clean(reason, 300))
+    except Exception as error:  # whatever a foreign model does is a finding about it
+        log.debug("check %s", check.name, exc_info=True)
+        return Finding(check, CRASHED, clean(f"{type(error).__name__}: {error}", 300))
+    return Finding(check, OK if answer.ok else DEVIATES, answer.found, answer.expected)
