@@ -41,7 +41,7 @@ def probe_head(subject: Subject) -> Answer:
     if not norms:
         return Answer(False, "no batch norm", expected)
     layer = next(part for part in parts if isinstance(part, nn.Linear))
-    std = float(layer.weight.std())
+    std = float(layer.weight.detach().std())
     right = not norms[0].affine and norms[0].eps == 1e-6 and abs(std / 0.01 - 1) < 0.15
     found = f"BatchNorm1d(affine={norms[0].affine}, eps={norms[0].eps:g}), Linear of deviation {std:.2g}"
     return Answer(right, found, expected)

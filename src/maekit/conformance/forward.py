@@ -182,7 +182,7 @@ def removed_pixels_unseen(subject: Subject) -> Answer:
         other = subject.run(subject.precise, images, subject.noise())
     if not torch.equal(other.mask, mask):
         raise NotShown("the mask cannot be repeated")
-    moved = float((other.pred - subject.shot.pred).abs().max())
+    moved = float((other.pred - subject.shot.pred.detach()).abs().max())
     return Answer(moved < 1e-12, f"predictions move by {moved:.2g}", "0")
 
 

@@ -102,7 +102,7 @@ class Own:
         """Train on the one loop and the one loader, into a folder that is thrown away."""
         size = (images.shape[2], images.shape[3])
         loader = Loader(
-            DatasetSource([image.numpy() for image in images], channels=images.shape[1]),
+            DatasetSource([image.permute(1, 2, 0).numpy() for image in images], channels=images.shape[1]),
             EvalView(size, 1.0),
             batch_size=batch, micro_batch=micro_batch, mean=(0.0,), std=(1.0,),
         )  # fmt: skip
@@ -113,7 +113,7 @@ class Own:
             return {"loss": module(batch["images"])}
 
         with tempfile.TemporaryDirectory() as folder, _quietly():
-            fit(module, step, loader, optimizer, plan, run=Path(folder), world=World(torch.device("cpu")))
+            fit(module, step, loader, optimizer, plan, run=Path(folder), world=World(0, 1, torch.device("cpu")))
 
     def finetune_model(self, model: Any, num_classes: int, drop_path: float) -> nn.Module:
         """Put a head on, as `maekit finetune` does by default."""

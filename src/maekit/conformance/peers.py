@@ -62,6 +62,7 @@ class Transformers:
             raise MaekitError("E-CONFIG-MODEL", f"model transformers:{clean(name, 60)}{suggest(name, HUB)}",
                               expected=" | ".join(HUB))  # fmt: skip
         self.library: Any = needed("transformers", "transformers")
+        self.library.utils.logging.disable_progress_bar()
         self.size = SIZES[HUB[name]]
         self.name, self.version = "transformers", version("transformers")
         self.how = f"ViTMAEForPreTraining(ViTMAEConfig()) of {name}'s sizes, {DEPTH} + {DEPTH} blocks; nothing downloaded"
@@ -113,13 +114,8 @@ class Transformers:
         embeddings, side = model.vit.embeddings, grid * model.config.patch_size
         tokens = torch.zeros(1, 1 + grid * grid, model.config.hidden_size)
         encoder = embeddings.interpolate_pos_encoding(tokens, side, side)
-        decoder = torch.zeros(1, 1 + grid * grid, model.config.decoder_hidden_size)
-        table, model.decoder.decoder_pos_embed = model.decoder.decoder_pos_embed, nn.Parameter(
-            _any_table(model.decoder.decoder_pos_embed), requires_grad=False)  # fmt: skip
-        try:
-            return encoder, model.decoder.interpolate_pos_encoding(decoder)
-        finally:
-            model.decoder.decoder_pos_embed = table
+        wider = torch.zeros(1, 1 + grid * grid, model.config.decoder_hidden_size)
+        return encoder, model.decoder.interpolate_pos_encoding(wider)
 
     def saved_names(self, model: Any) -> tuple[set[str], set[str]]:
         """Save, and name the keys of the hub's vit-mae files (as 4.57.6 has them)."""
@@ -136,11 +132,6 @@ class Transformers:
         fields = self.library.TrainingArguments.__dataclass_fields__
         rate, betas = fields["weight_decay"].default, (fields["adam_beta1"].default, fields["adam_beta2"].default)
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=betas, weight_decay=rate)
-
-
-def _any_table(table: Tensor) -> Tensor:
-    """Return the table, or where it is all zero one that shows how it would be resampled."""
-    return table.detach().clone()
 
 
 OFFICIAL = (

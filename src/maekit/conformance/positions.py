@@ -1,5 +1,7 @@
 """The two fixed position tables (official util/pos_embed.py; paper A.1)."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -82,18 +84,22 @@ def frozen(subject: Subject) -> Answer:
 
 def resampled(subject: Subject) -> Answer:
     """Ask for the tables of a larger grid; each may be resampled over both axes or computed anew."""
-    side = subject.shape.grid[0] + 2
-    tables = dict(zip(("pos_embed", "decoder_pos_embed"), subject.part("resized")(subject.model, side), strict=True))
-    wrong, prefix = [], subject.shape.prefix
-    for name, table in tables.items():
-        found, old = table.detach().double(), subject.tensor(name).detach().double()
-        if not bool(old[:, prefix:].any()):  # a table of zeros would hide every way of resampling it
-            raise NotShown(f"{name} is all zero, so is any resampling of it")
-        anew = torch.cat([old[:, :prefix], paper.sincos(old.shape[2], (side, side))[None]], 1)
-        if min(float((found - want).abs().max()) for want in (paper.positions_2d(old, prefix, side), anew)) > 1e-4:
+    ask, side, prefix = subject.part("resized"), subject.shape.grid[0] + 2, subject.shape.prefix
+    model = copy.deepcopy(subject.model)
+    old = {name: subject.adapter.tensors(model)[name] for name in ("pos_embed", "decoder_pos_embed")}
+    with torch.no_grad():
+        for table in old.values():  # a table of zeros would hide every way of resampling it
+            if not bool(table[:, prefix:].any()):
+                table[0, prefix:] = paper.sincos(table.shape[2], subject.shape.grid).to(table.dtype)
+    wrong = []
+    for (name, table), found in zip(old.items(), ask(model, side), strict=True):
+        before, found = table.detach().double(), found.detach().double()
+        anew = torch.cat([before[:, :prefix], paper.sincos(before.shape[2], (side, side))[None]], 1)
+        known = (paper.positions_2d(before, prefix, side), anew)
+        if found.shape != anew.shape or min(float((found - one).abs().max()) for one in known) > 1e-4:
             wrong.append(name)
-    found = f"another geometry: {', '.join(wrong)}" if wrong else "bicubic over both axes, or computed anew"
-    return Answer(not wrong, found, "bicubic over both axes, or computed anew")
+    right = "bicubic over both axes, or computed anew"
+    return Answer(not wrong, f"another geometry: {', '.join(wrong)}" if wrong else right, right)
 
 
 EXACT = "largest difference 1e-5"
