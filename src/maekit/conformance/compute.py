@@ -28,7 +28,7 @@ def visible_only(subject: Subject) -> Answer:
         raise NotShown("the model has no decoder under the authors' names")
     images, noise = subject.images(1, dtype=torch.float32), subject.noise(1, dtype=torch.float32)
     # attention as plain products: the counter does not know the fused kernel of the CPU
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         subject.run(subject.model, images, noise)
     found = counter.get_total_flops() / 2e9
     expected, whole = (sum(paper.macs(shape[:7], masked)) for masked in (True, False))
@@ -41,9 +41,14 @@ def no_more_parameters(subject: Subject) -> Answer:
     """Compare the model's parameters with those that have a name in the authors' files."""
     for name in ("decoder_pos_embed", "mask_token"):
         subject.tensor(name)
-    own = sum(value.numel() for value in {id(p): p for p in subject.model.parameters()}.values())
-    known = sum(value.numel() for value in subject.tensors.values())
-    return Answer(own == known, f"{own:,} parameters, {known:,} of them with a name", "every one with a name")
+    official = paper.names(subject.shape.depth, subject.shape.decoder_depth)
+    named = {name: value for name, value in subject.tensors.items() if name in official}
+    held = {id(p): p.numel() for p in subject.model.parameters()}
+    held |= {id(b): b.numel() for b in subject.model.buffers() if any(b is value for value in named.values())}
+    total, known = sum(held.values()), sum(value.numel() for value in named.values())
+    missing = sorted(official - set(named))
+    found = f"{total:,} values, {known:,} of them with a name" + (f"; no {missing[0]}" if missing else "")
+    return Answer(total == known and not missing, found, "every value with a name, and every name with values")
 
 
 def all_trained(subject: Subject) -> Answer:

@@ -27,8 +27,8 @@ Ways = dict[str, tuple[Any, ...]]
 class Match:
     """The way of computing that gives the model's numbers, or none, and how far the method's own is off."""
 
-    def __init__(self, way: dict[str, Any] | None, off: float) -> None:
-        self.way, self.off = way, off
+    def __init__(self, way: dict[str, Any] | None, off: float, why: str = "") -> None:
+        self.way, self.off, self.why = way, off, why
 
 
 def _ways(options: Ways) -> Iterator[dict[str, Any]]:
@@ -74,6 +74,11 @@ def _encoder(subject: Subject) -> Match:
 def _decoder(subject: Subject) -> Match:
     for name in ("decoder_embed.weight", "decoder_pos_embed", "mask_token", "decoder_pred.weight"):
         subject.tensor(name)
+    width = subject.shape.decoder_width
+    wrong = [name for name in ("mask_token", "decoder_pos_embed") if subject.tensors[name].shape[-1] != width]
+    if wrong:
+        found = ", ".join(f"{name} of width {subject.tensors[name].shape[-1]}" for name in wrong)
+        return Match(None, float("inf"), f"another layout: {found} in a decoder of width {width}")
     options: Ways = {
         "class_token": (True, False),
         "norm": (True, False),
@@ -104,7 +109,7 @@ def _loss(subject: Subject) -> Match:
 
 def _whole(match: Match, what: str) -> Answer:
     if match.way is None:
-        return Answer(False, f"none of the known ways; up to {match.off:.1g} off", f"{what}, within 1e-9")
+        return Answer(False, match.why or f"none of the known ways; up to {match.off:.1g} off", f"{what}, within 1e-9")
     return Answer(True, f"a known way, {match.off:.0e} off", f"{what}, within 1e-9")
 
 

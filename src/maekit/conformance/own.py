@@ -30,7 +30,7 @@ from maekit.train.optim import adamw, finetune_groups, lars, pretrain_groups
 from maekit.train.schedule import Schedule, schedule
 
 SMALL: dict[str, Any] = {
-    "name": "vit_tiny_patch16_224", "img_size": 80, "patch_size": 8, "depth": 2,
+    "name": "vit_tiny_patch16_224", "img_size": 80, "patch_size": 8, "depth": 3,
     "decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4,
 }  # fmt: skip
 """100 patches, a number that float dust shows at; every rule is the same at any size."""
@@ -41,7 +41,7 @@ class Own:
     """This installation of maekit, by a model of two blocks; counts are of the published sizes."""
 
     name, version = "maekit", __version__
-    how = "create_model: width 192, 2 + 2 blocks, 100 patches; ViT-B, L and H without memory for counts"
+    how = "create_model: width 192, 3 + 2 blocks, 100 patches; ViT-B, L and H without memory for counts"
     trained = False
 
     def build(self, seed: int) -> MaskedAutoencoder:

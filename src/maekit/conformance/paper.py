@@ -154,6 +154,16 @@ def depth(tensors: Tensors, name: str) -> int:
     return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
 
 
+def names(deep: int, decoder_deep: int) -> set[str]:
+    """Return the names of the authors' pre-training files (method 3.9)."""
+    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    inner = [f"blocks.{i}.{layer}" for i in range(deep) for layer in layers]
+    inner += [f"decoder_blocks.{i}.{layer}" for i in range(decoder_deep) for layer in layers]
+    outer = ["patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"]
+    single = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
+    return single | {f"{name}.{kind}" for name in inner + outer for kind in ("weight", "bias")}
+
+
 def linear(tensors: Tensors, name: str, tokens: Tensor) -> Tensor:
     """Apply the linear layer of that name."""
     return F.linear(tokens, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))

@@ -1,6 +1,6 @@
 """Small adapters to other implementations, as they install: each imports its library when it is built, not before.
 
-Models are drawn from scratch, two blocks deep (rules do not depend on depth) and otherwise as the library's defaults
+Models are drawn from scratch, three blocks deep (rules do not depend on depth) and otherwise as the library's defaults
 have them; nothing is downloaded.
 """
 
@@ -22,7 +22,7 @@ from maekit.conformance.adapter import Adapter, NotShown
 from maekit.config import suggest
 from maekit.errors import MaekitError, clean
 
-DEPTH = 2
+DEPTH = 3
 SIZES = {
     "B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},

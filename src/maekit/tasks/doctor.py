@@ -10,7 +10,6 @@ from typing import Any
 
 from maekit.conformance.adapter import Adapter, load_adapter
 from maekit.conformance.check import CRASHED, DEVIATES, NOT_SHOWN, OK, Finding, audit
-from maekit.conformance.own import File, Own
 from maekit.conformance.peers import peer
 from maekit.conformance.suite import chosen
 from maekit.errors import MaekitError
@@ -55,9 +54,12 @@ def _adapter(settings: Doctor) -> Adapter:
         raise MaekitError("E-CONFIG-BOTH", f"settings {' and '.join(given)}", expected="one of them")
     if settings.model is not None:
         return peer(settings.model)
-    if settings.checkpoint is not None:
-        return File(settings.checkpoint)
-    return load_adapter(settings.module) if settings.module is not None else Own()
+    if settings.module is not None:
+        return load_adapter(settings.module)
+    # only now: a peer's environment need not hold all that maekit itself rests on
+    from maekit.conformance.own import File, Own
+
+    return Own() if settings.checkpoint is None else File(settings.checkpoint)
 
 
 def as_record(finding: Finding) -> dict[str, Any]:
