@@ -34,7 +34,10 @@ DOORS: dict[str, set[str]] = {
     "train": {"errors", "settings", "seeds"},
     "interchange": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
     "report": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
-    "tasks": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "report", "interchange"},
+    "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "interchange"},
+    "tasks": {
+        "__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "report", "interchange", "conformance",
+    },
     "cli": {"__init__", "errors", "settings", "recipes", "config", "tasks"},
     "__main__": {"cli"},
 }
