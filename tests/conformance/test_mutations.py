@@ -51,7 +51,8 @@ def table(model: MaskedAutoencoder) -> Tensor:
 
 def three_matrices(model: MaskedAutoencoder) -> None:
     for part in (*model.encoder.blocks, *model.decoder.blocks):
-        for matrix in part.attn.qkv.weight.chunk(3):
+        weight = part.get_parameter("attn.qkv.weight")
+        for matrix in weight.chunk(3):
             nn.init.xavier_uniform_(matrix)
 
 
@@ -317,7 +318,9 @@ class ExemptTokens(Own):
 
 class DecayAll(Own):
     def pretrain_optimizer(self, model: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), betas=(0.9, 0.95), weight_decay=0.05)
+        return torch.optim.AdamW(
+            (p for p in model.parameters() if p.requires_grad), betas=(0.9, 0.95), weight_decay=0.05
+        )
 
 
 class DefaultBetas(Own):
@@ -327,7 +330,11 @@ class DefaultBetas(Own):
 
 class ByEpoch(Own):
     def learning_rate(self, step: int, **more: Any) -> float:
-        return super().learning_rate(step // 312 * 312, **more) if more["steps"] > 312 else super().learning_rate(step, **more)
+        return (
+            super().learning_rate(step // 312 * 312, **more)
+            if more["steps"] > 312
+            else super().learning_rate(step, **more)
+        )
 
 
 class LateStart(Own):

@@ -1,6 +1,6 @@
-"""The method as checks that any implementation can be put to: `maekit doctor`.
+"""Is it the method? Named checks that any implementation can be put to.
 
-`check` says what a check is and runs them; `adapter` is what a model must answer; `weights`, `passes` and `recipe` are
-the checks themselves, written as the paper tells it and without this package's own arithmetic; `own` and `peers` are the
-adapters that are there; `ledger` and `page` are docs/conformance.md.
+`check` says what a check is and runs them; `adapter` is what a model must answer; `own` and `peers` are the adapters
+that are there; `paper` is the arithmetic as the paper tells it, without this package's own; the other files are the
+checks, one family a file; `suite` lists them.
 """

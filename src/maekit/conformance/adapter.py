@@ -17,7 +17,7 @@ log = logging.getLogger("maekit")
 METHODS = ("build", "tensors", "forward", "features")
 
 
-class NotShown(Exception):  # noqa: N818
+class NotShown(Exception):
     """Raised where the implementation lacks the part that a check is about; the text says which."""
 
 
@@ -179,5 +179,8 @@ def _imported(name: str) -> Any:
         if missing == name or name.startswith(missing + "."):
             hint = "run where the module lies, or PYTHONPATH=FOLDER maekit doctor ..."
             raise MaekitError("E-USAGE-MODULE", "setting module", found=f"no module {missing}", hint=hint) from error
-        what, hint = f"package {missing}, which {name} imports, is not installed", f"pip install {missing.split('.')[0]}"
+        what, hint = (
+            f"package {missing}, which {name} imports, is not installed",
+            f"pip install {missing.split('.')[0]}",
+        )
         raise MaekitError("E-ENV-IMPORT", what, hint=hint) from error

@@ -69,7 +69,7 @@ class _Waits(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += "_local_scalar_dense" in str(func)
         return func(*args, **(kwargs or {}))
 
@@ -111,7 +111,9 @@ def published_cost(subject: Subject) -> Answer:
         model = _published(subject, size)
         images = torch.empty(1, 3, 224, 224, device="meta")
         noise = torch.empty(1, NUM_PATCHES[size], device="meta")
-        pass_cost = _cost(lambda model=model, images=images, noise=noise: subject.adapter.forward(model, images, noise, 0.75))
+        pass_cost = _cost(
+            lambda model=model, images=images, noise=noise: subject.adapter.forward(model, images, noise, 0.75)
+        )
         encoder = _cost(lambda model=model, images=images: subject.adapter.features(model, images))
         found[size] = (pass_cost, encoder)
         right &= masked - SPARED[size] - 0.01 <= pass_cost <= masked + 0.01
@@ -134,7 +136,7 @@ CHECKS = (
           ("D11", "3.1 parameters", "3.9 keys"), "exact", "a count",
           "weights that the authors' files cannot hold, or parts that are never used", no_more_parameters),
     Check("all-trained", "every trained parameter gets a gradient", "official models_mae.py", ("3.4 other",), "exact",
-          "it is there or not", "dead weight; DistributedDataParallel stops, or has to search in each step", all_trained),
+          "it is there or not", "dead weight; DistributedDataParallel stops, or searches in each step", all_trained),
     Check("host-waits", "a step never waits for the device", "maekit", ("D12", "D16"), "exact", "a count",
           "the GPU idles; torch.compile breaks its graph", host_waits),
     Check("parameter-counts", "ViT-B, L and H have the published number of parameters", "method 3.1, counted",

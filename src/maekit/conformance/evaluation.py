@@ -54,7 +54,9 @@ def probe_decay(subject: Subject) -> Answer:
     momentum = {group.get("momentum") for group in optimizer.param_groups}
     name = type(optimizer).__name__
     found = f"{name}, weight decay {sorted(decays)}, momentum {sorted(momentum)}"
-    return Answer(name.upper() == "LARS" and decays == {0.0} and momentum == {0.9}, found, "LARS, no decay, momentum .9")
+    return Answer(
+        name.upper() == "LARS" and decays == {0.0} and momentum == {0.9}, found, "LARS, no decay, momentum .9"
+    )
 
 
 def saved_names(subject: Subject) -> Answer:

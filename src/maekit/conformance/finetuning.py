@@ -12,7 +12,15 @@ from maekit.conformance.check import Answer, Check, Subject
 SOURCE = "paper table 9; official lr_decay.py L15-76"
 CLASSES, DECAY, DROP = 10, 0.65, 0.1
 BLOCK = re.compile(r"(?:blocks|layers?|encoder_layer)[._](\d+)\.")
-LOWEST = ("patch_embed", "cls_token", "pos_embed", "class_token", "patch_embeddings", "position_embeddings", "conv_proj")
+LOWEST = (
+    "patch_embed",
+    "cls_token",
+    "pos_embed",
+    "class_token",
+    "patch_embeddings",
+    "position_embeddings",
+    "conv_proj",
+)
 
 
 def _classifier(subject: Subject) -> nn.Module:
@@ -67,7 +75,12 @@ def no_decay(subject: Subject) -> Answer:
     """Look which parameters decay."""
     grouped, wrong = subject.once(_grouped), []
     for name, p in subject.once(_classifier).named_parameters():
-        exempt = p.ndim <= 1 or name.rpartition(".")[2] in ("pos_embed", "cls_token", "reg_token", "position_embeddings")
+        exempt = p.ndim <= 1 or name.rpartition(".")[2] in (
+            "pos_embed",
+            "cls_token",
+            "reg_token",
+            "position_embeddings",
+        )
         if id(p) in grouped and bool(grouped[id(p)][1]) == exempt:
             wrong.append(name)
     expected = "all but 1-D, positions and class token decay"

@@ -159,14 +159,18 @@ def class_token_in_decoder(subject: Subject) -> Answer:
 
 def decoder_norm(subject: Subject) -> Answer:
     """Ask whether the prediction is made from normalised tokens."""
-    return _aspect(subject.once(_decoder), "prediction", "norm", True, {True: "norm, then prediction", False: "no norm"})
+    return _aspect(
+        subject.once(_decoder), "prediction", "norm", True, {True: "norm, then prediction", False: "no norm"}
+    )
 
 
 def decoder_positions(subject: Subject) -> Answer:
     """Ask whether positions are added in the decoder."""
     if not bool(subject.tensor("decoder_pos_embed").any()):
         raise NotShown("the decoder's positions are all zero")
-    return _aspect(subject.once(_decoder), "prediction", "positions", True, {True: "added to all tokens", False: "not added"})
+    return _aspect(
+        subject.once(_decoder), "prediction", "positions", True, {True: "added to all tokens", False: "not added"}
+    )
 
 
 def predictions_differ(subject: Subject) -> Answer:
@@ -203,7 +207,9 @@ def patch_order(subject: Subject) -> Answer:
 
 def normalised(subject: Subject) -> Answer:
     """Ask whether the target is normalised patch by patch."""
-    return _aspect(subject.once(_loss), "loss", "target", "normalised", {"normalised": "each patch by its own mean, variance"})
+    return _aspect(
+        subject.once(_loss), "loss", "target", "normalised", {"normalised": "each patch by its own mean, variance"}
+    )
 
 
 def variance(subject: Subject) -> Answer:
@@ -251,7 +257,8 @@ def features(subject: Subject) -> Answer:
     with torch.no_grad():
         match = _match(options, lambda **way: paper.encode(subject.exact, images, all_ids, **way), found)
     words = f"{expected} tokens in image order, "
-    return Answer(match.way is not None, words + (f"{match.off:.0e} off" if match.way else f"up to {match.off:.1g} off"),
+    off = f"{match.off:.0e} off" if match.way else f"up to {match.off:.1g} off"
+    return Answer(match.way is not None, words + off,
                   f"{expected} tokens of the whole image")  # fmt: skip
 
 
@@ -281,8 +288,8 @@ CHECKS = (
     Check("decoder-positions", "the decoder adds positions to all tokens", DECODER, ("D1", "3.2 decoder", "trap 4.8"),
           EXACT, ROUNDING, "mask tokens do not know which patch they stand for", decoder_positions),
     Check("predictions-differ", "removed patches of an image are predicted differently", DECODER, ("D1", "D2"),
-          "spread above 1e-4 of the largest value", "a sound fresh model has 0.1 to 1; without positions it is below 1e-12",
-          "one prediction for all removed patches of an image: nothing about places can be learned", predictions_differ),
+          "spread above 1e-4 of the largest value", "a sound fresh model has 0.1 to 1; without positions below 1e-12",
+          "one prediction for all removed patches of an image: places cannot be learned", predictions_differ),
     Check("removed-pixels-unseen", "removed pixels reach no prediction", ENCODER, ("3.2 encoder", "D20"), "1e-12",
           "the same sums; batched kernels may round otherwise", "the answer leaks: the task is solved by copying",
           removed_pixels_unseen),
@@ -297,7 +304,7 @@ CHECKS = (
           ("3.3 target", "3.10 variance", "trap 4.5"), EXACT, ROUNDING, "the loss is off by 1/(P*P*C)", variance),
     Check("target-eps", "1e-6 is added to the variance, inside the root", LOSS, ("3.3 target", "trap 4.5"), EXACT,
           ROUNDING, "flat patches (sky, borders) weigh otherwise", variance_eps),
-    Check("loss-masked-only", "only removed patches are scored", LOSS, ("3.3 loss",), "exact", "a gradient is zero or not",
+    Check("loss-masked-only", "only removed patches are scored", LOSS, ("3.3 loss",), "exact", "zero or not",
           "about 0.5 % lower accuracy (paper, footnote on the loss on all pixels)", masked_only),
     Check("features-unmasked", "features are of the whole image, never masked", "official models_vit.py",
           ("D3", "D10"), EXACT, ROUNDING, "users get features of a random quarter of the image", features),

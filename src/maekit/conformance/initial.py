@@ -126,7 +126,9 @@ def seeds(subject: Subject) -> Answer:
     name = "patch_embed.proj.weight"
     here = subject.tensor(name)
     same, changed = torch.equal(again[name], here), not torch.equal(other[name], here)
-    found = f"{'the same' if same else 'other'} weights for the same seed, {'other' if changed else 'the same'} for another"
+    found = (
+        f"{'the same' if same else 'other'} weights for the same seed, {'other' if changed else 'the same'} for another"
+    )
     return Answer(same and changed, found, "the seed alone decides")
 
 
@@ -145,12 +147,12 @@ CHECKS = (
           patch_bias, True),
     Check("init-bias", "linear biases start at zero", SOURCE, ("3.1 linear layers",), "exact", "zero is zero",
           "not the published starting point", biases, True),
-    Check("init-norm", "layer norms start at weight 1, bias 0", SOURCE, ("3.1 linear layers",), "exact", "set, not drawn",
+    Check("init-norm", "layer norms start at 1 and 0", SOURCE, ("3.1 linear layers",), "exact", "set, not drawn",
           "not the published starting point", norms, True),
     Check("norm-eps", "layer norms use epsilon 1e-6 everywhere", "official models_mae.py L40, L54, L227",
           ("D3", "D9", "3.1 blocks"), "exact", "a constant",
           "outputs differ from the authors' weights at low variance; with 1e-12 half precision may overflow", norm_eps),
-    Check("init-class-token", "the class token starts N(0, .02)", SOURCE, ("D1", "3.1 class and mask token"), STATISTICS,
+    Check("init-class-token", "the class token is N(0, .02)", SOURCE, ("D1", "3.1 class and mask token"), STATISTICS,
           CHANCE, "a token of zeros gets its first value from the optimizer's noise", class_token, True),
     Check("init-mask-token", "the mask token starts N(0, .02)", SOURCE, ("D1", "D2", "3.1 class and mask token"),
           STATISTICS, CHANCE, "removed places start without any content", mask_token, True),

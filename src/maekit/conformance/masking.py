@@ -98,7 +98,8 @@ def lowest_noise(subject: Subject) -> Answer:
     keep = int((~shot.mask[0]).sum())
     expected = torch.ones_like(noise, dtype=torch.bool).scatter(1, order[:, :keep], False)
     right = torch.equal(shot.mask, expected)
-    told = torch.equal(other.mask, torch.ones_like(expected).scatter(1, subject.noise(seed=12).argsort(1)[:, :keep], False))  # fmt: skip
+    lowest = subject.noise(seed=12).argsort(1)[:, :keep]
+    told = torch.equal(other.mask, torch.ones_like(expected).scatter(1, lowest, False))
     if not right and not told:
         raise NotShown("the mask does not follow the noise handed in; only the model's own draws were looked at")
     if shot.ids_restore is not None and not torch.equal(shot.ids_restore, order.argsort(1)):

@@ -85,7 +85,7 @@ def decode(
     class_token: bool = True,
     norm: bool = True,
 ) -> Tensor:
-    """Return predictions (B, N, P*P*C): project, mask tokens, unshuffle, positions, blocks, norm, predict (L172-196)."""
+    """Return predictions (B, N, P*P*C): project, mask tokens, unshuffle, positions, blocks, norm, predict."""
     tokens = linear(tensors, "decoder_embed", latent)
     table = tensors["decoder_pos_embed"]
     prefix = latent.shape[1] - ids_keep.shape[1]

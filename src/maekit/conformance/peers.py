@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maekit.conformance.adapter import Adapter, NotShown
 from maekit.config import suggest
+from maekit.conformance.adapter import Adapter, NotShown
 from maekit.errors import MaekitError, clean
 
 DEPTH = 3
@@ -65,7 +65,9 @@ class Transformers:
         self.library.utils.logging.disable_progress_bar()
         self.size = SIZES[HUB[name]]
         self.name, self.version = "transformers", version("transformers")
-        self.how = f"ViTMAEForPreTraining(ViTMAEConfig()) of {name}'s sizes, {DEPTH} + {DEPTH} blocks; nothing downloaded"
+        self.how = (
+            f"ViTMAEForPreTraining(ViTMAEConfig()) of {name}'s sizes, {DEPTH} + {DEPTH} blocks; nothing downloaded"
+        )
         self.heads = (self.size["num_attention_heads"], 16)
 
     def build(self, seed: int) -> nn.Module:
@@ -161,7 +163,8 @@ def _official(name: str) -> str:
 
 def _hub_names(depth: int) -> set[str]:
     layer = ("attention.attention.query", "attention.attention.key", "attention.attention.value",
-             "attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before", "layernorm_after")  # fmt: skip
+             "attention.output.dense", "intermediate.dense", "output.dense",
+             "layernorm_before", "layernorm_after")  # fmt: skip
     layers = [f"{part}.{i}.{name}" for part in ("vit.encoder.layer", "decoder.decoder_layers") for i in range(depth)
               for name in layer]  # fmt: skip
     layers += ["vit.embeddings.patch_embeddings.projection", "vit.layernorm", "decoder.decoder_embed",
@@ -172,7 +175,7 @@ def _hub_names(depth: int) -> set[str]:
 
 
 class Timm:
-    """A timm VisionTransformer: an encoder, its fine-tuning groups and its evaluation; timm has no autoencoder (D22)."""
+    """A timm VisionTransformer: an encoder, its fine-tuning groups, its evaluation; no autoencoder (D22)."""
 
     def __init__(self, name: str) -> None:
         self.library: Any = needed("timm", "timm")
@@ -258,7 +261,7 @@ class Lightly:
         return dict(model["backbone"].vit.named_parameters()) | dict(model["decoder"].named_parameters())
 
     def forward(self, model: Any, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Mapping[str, Any]:
-        """Mask by lightly's function, or by the noise; encode, fill with mask tokens, decode, score as the benchmark."""
+        """Mask by lightly's function or the noise; encode, fill with mask tokens, decode, score as the benchmark."""
         length, batch, tools = model["backbone"].sequence_length, len(images), self.tools
         if noise is None:
             keep, removed = tools.random_token_mask((batch, length), mask_ratio=mask_ratio)
@@ -299,7 +302,9 @@ class Lightly:
     def finetune_groups(self, classifier: Any, layer_decay: float) -> list[dict[str, Any]]:
         """Group leaf modules by name as the benchmark does: ``encoder_layer_I`` scales, everything else has rate 1."""
         leaves = self.tools.get_named_leaf_modules(classifier["model"])
-        groups = [{"params": list(classifier["classification_head"].parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+        groups = [
+            {"params": list(classifier["classification_head"].parameters()), "weight_decay": 0.0, "lr_scale": 1.0}
+        ]
         for name, module in leaves.items():
             layer = re.search(r"encoder_layer_(\d+)", name)
             scale = layer_decay ** (DEPTH - 1 - int(layer[1])) if layer else 1.0

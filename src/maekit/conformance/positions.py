@@ -112,7 +112,7 @@ CHECKS = (
     Check("positions-decoder", "the decoder's positions are the authors' sine-cosine table", SOURCE,
           ("D1", "D2", "3.1 positions", "3.1 sin-cos", "trap 4.6"), EXACT, FLOAT,
           "zeros, frozen: all removed patches of an image get one and the same prediction, for ever", decoder_table),
-    Check("positions-class", "the class token's position is zeros", SOURCE, ("3.1 positions",), "exact", "set, not drawn",
+    Check("positions-class", "the class token's row is zero", SOURCE, ("3.1 positions",), "exact", "set, not drawn",
           "not the published starting point", class_row),
     Check("positions-frozen", "both tables are fixed in pre-training", "official models_mae.py L37, L51",
           ("D11", "3.1 positions", "trap 4.7"), "exact", "a flag",

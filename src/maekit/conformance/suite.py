@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from maekit.config import suggest
 from maekit.conformance import compute, evaluation, finetuning, forward, initial, masking, positions, training
 from maekit.conformance.check import Check
-from maekit.config import suggest
 from maekit.errors import MaekitError, clean
 
 FAMILIES: dict[str, tuple[Check, ...]] = {

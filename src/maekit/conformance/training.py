@@ -1,4 +1,4 @@
-"""The recipe of pre-training: what decays, at which rate, in which batches (paper table 8; official main_pretrain.py)."""
+"""The recipe of pre-training: what decays, at which rate, in which batches (paper T8; official main_pretrain.py)."""
 
 from typing import Any
 
