@@ -12,7 +12,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint types format build clean
+.PHONY: help install quickstart test test-slow test-gpu parity lint types format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ test-slow: $(TOOLS)  ## the slow tests
 
 test-gpu: $(TOOLS)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+parity: $(TOOLS)  ## compare with transformers and timm; renews the table of docs/parity.md
+	PARITY=docs/parity.md $(BIN)/python -m pytest -q -n 2 tests/parity
 
 lint: $(TOOLS)  ## ruff: rules and format
 	$(BIN)/ruff check .
