@@ -175,6 +175,8 @@ def decoder_positions(subject: Subject) -> Answer:
 
 def predictions_differ(subject: Subject) -> Answer:
     """Measure how far the predictions of an image's removed patches lie apart."""
+    if subject.trained:
+        subject.tensor("mask_token")  # a file without decoder has no predictions of its own
     pred, mask = subject.shot.pred.detach(), subject.shot.mask
     removed = [row[chosen] for row, chosen in zip(pred, mask, strict=True)]
     scale = max(float(row.abs().max()) for row in removed) or 1.0

@@ -142,13 +142,25 @@ class File(Own):
     trained = True
 
     def __init__(self, path: Path) -> None:
+        torch.manual_seed(0)
         self.model = load_model(path)
+        torch.manual_seed(1)
+        # what differs between two readings was drawn, not read
+        self.holds_decoder = torch.equal(self.model.decoder.mask_token, load_model(path).decoder.mask_token)
         self.name, self.how = str(path), f"load_model: {self.model.spec['name']}"
+        self.how += "" if self.holds_decoder else "; the file holds no decoder"
         self.grid, self.heads = self.model.grid, (self.model.num_heads, self.model.spec["decoder_heads"])
 
     def build(self, seed: int) -> MaskedAutoencoder:
         """Return the file's weights, whatever the seed."""
         return copy.deepcopy(self.model)
+
+    def tensors(self, model: Any) -> Mapping[str, Tensor]:
+        """Leave out a decoder that was drawn anew."""
+        found = super().tensors(model)
+        if self.holds_decoder:
+            return found
+        return {name: value for name, value in found.items() if "decoder" not in name and name != "mask_token"}
 
     def published(self, size: str) -> nn.Module:
         """Say that one file is one size."""

@@ -86,6 +86,7 @@ def resampled(subject: Subject) -> Answer:
     """Ask for the tables of a larger grid; each may be resampled over both axes or computed anew."""
     ask, side, prefix = subject.part("resized"), subject.shape.grid[0] + 2, subject.shape.prefix
     model = copy.deepcopy(subject.model)
+    subject.tensor("decoder_pos_embed")
     old = {name: subject.adapter.tensors(model)[name] for name in ("pos_embed", "decoder_pos_embed")}
     with torch.no_grad():
         for table in old.values():  # a table of zeros would hide every way of resampling it

@@ -19,6 +19,9 @@ FAMILIES: dict[str, tuple[Check, ...]] = {
 }
 CHECKS: tuple[Check, ...] = tuple(check for family in FAMILIES.values() for check in family)
 
+OF_A_FILE = (*FAMILIES["positions"], *FAMILIES["forward pass and loss"])
+"""What is asked of trained weights: places, finite numbers, and that they compute what the method computes."""
+
 
 def chosen(names: Sequence[str]) -> tuple[Check, ...]:
     """Return the checks of these names; all for none.

@@ -6,12 +6,14 @@ Exit code 1 when a check deviates, or crashes on the model.
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
+from maekit import __version__
 from maekit.conformance.adapter import Adapter, load_adapter
 from maekit.conformance.check import CRASHED, DEVIATES, NOT_SHOWN, OK, Finding, audit
 from maekit.conformance.peers import peer
-from maekit.conformance.suite import chosen
+from maekit.conformance.suite import OF_A_FILE, chosen
 from maekit.errors import MaekitError
 from maekit.settings import Doctor
 from maekit.tasks import Result
@@ -29,13 +31,14 @@ def doctor(settings: Doctor) -> Result:
         MaekitError: E-CONFIG-BOTH for two subjects, E-CONFIG-CHECK, E-CONFIG-PEER, E-CONFIG-MODEL, E-USAGE-MODULE,
             E-USAGE-ADAPTER, E-ENV-IMPORT, E-CKPT-.
     """
-    checks = chosen(settings.only)
     adapter: Any = _adapter(settings)
+    checks = OF_A_FILE if settings.checkpoint and not settings.only else chosen(settings.only)
     findings = audit(adapter, checks)
     head = {
         "name": getattr(adapter, "name", settings.module),
         "version": getattr(adapter, "version", ""),
         "how": getattr(adapter, "how", ""),
+        "with": f"maekit {__version__}, torch {version('torch')}, timm {version('timm')}",
     }
     counts = Counter(finding.status for finding in findings)
     metrics: dict[str, Any] = {
@@ -85,7 +88,7 @@ def _wrong(findings: Sequence[Finding]) -> list[Finding]:
 
 def _table(head: dict[str, str], counts: dict[str, int], findings: Sequence[Finding]) -> list[str]:
     """Return one line a check; under those that deviate what was expected, what it means, where the rule stands."""
-    lines = [f"{head['name']} {head['version']}".rstrip(), *([head["how"]] if head["how"] else []), ""]
+    lines = [f"{head['name']} {head['version']}".rstrip(), *filter(None, (head["how"], f"looked at with {head['with']}")), ""]
     for finding in findings:
         lines.append(f"{finding.status:<9}  {finding.check.name:<25}  {_cut(finding.found)}")
         if finding.status in (DEVIATES, CRASHED):
