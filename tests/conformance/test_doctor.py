@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from maekit.config import resolve
 from maekit.conformance import suite
 from maekit.conformance.adapter import load_adapter
 from maekit.conformance.check import DEVIATES, NOT_SHOWN, OK, audit
@@ -73,7 +74,16 @@ def test_the_command_prints_a_table_and_exits_with_0_when_all_is_right(tmp_path:
 def test_your_own_model_by_the_example_of_the_docs(tmp_path: Path) -> None:
     (tmp_path / "my_mae.py").write_text(MODEL)
     (tmp_path / "mine.py").write_text(EXAMPLE)
-    names = ("init-qkv", "positions-decoder", "mask-noise", "encoder", "decoder", "loss", "features-unmasked", "layer-decay")
+    names = (
+        "init-qkv",
+        "positions-decoder",
+        "mask-noise",
+        "encoder",
+        "decoder",
+        "loss",
+        "features-unmasked",
+        "layer-decay",
+    )
     done = command("--module", "mine:Adapter", "--json", "--only", *names, where=tmp_path, more=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "importing mine: this runs its code" in done.stderr
@@ -144,7 +154,7 @@ def test_what_is_not_there_is_one_line(code: str, settings: dict[str, Any]) -> N
 
 def test_two_subjects_are_one_too_many() -> None:
     with pytest.raises(MaekitError) as caught:
-        doctor(Doctor(model="lightly", module="a:b"))
+        resolve(Doctor, flags={"model": "lightly", "module": "a:b"})
     assert caught.value.code == "E-CONFIG-BOTH"
 
 

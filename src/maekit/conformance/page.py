@@ -91,7 +91,15 @@ def _defects(audits: Sequence[Audit]) -> str:
             there = [f"`{name}`" for name in defect.checks if status.get(name) in (DEVIATES, CRASHED)]
             gone = [f"`{name}`" for name in defect.checks if status.get(name) == OK]
             unseen = [f"`{name}`" for name in defect.checks if status.get(name) not in (DEVIATES, CRASHED, OK)]
-            verdict = "there" if there and not gone else "in part" if there else "mended or never there" if gone else "not shown"
+            verdict = (
+                "there"
+                if there and not gone
+                else "in part"
+                if there
+                else "mended or never there"
+                if gone
+                else "not shown"
+            )
             rows.append((defect.label, " ".join(_name(audit)), verdict, _words(there), _words(gone), _words(unseen)))
     head = ("defect", "version looked at", "verdict", "deviates", "is right", "not shown")
     return "## Known defects, looked for by running\n\n" + _table(head, rows)

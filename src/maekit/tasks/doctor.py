@@ -14,7 +14,6 @@ from maekit.conformance.adapter import Adapter, load_adapter
 from maekit.conformance.check import CRASHED, DEVIATES, NOT_SHOWN, OK, Finding, audit
 from maekit.conformance.peers import peer
 from maekit.conformance.suite import OF_A_FILE, chosen
-from maekit.errors import MaekitError
 from maekit.settings import Doctor
 from maekit.tasks import Result
 
@@ -28,7 +27,7 @@ def doctor(settings: Doctor) -> Result:
     """Run the checks and return every finding.
 
     Raises:
-        MaekitError: E-CONFIG-BOTH for two subjects, E-CONFIG-CHECK, E-CONFIG-PEER, E-CONFIG-MODEL, E-USAGE-MODULE,
+        MaekitError: E-CONFIG-CHECK, E-CONFIG-PEER, E-CONFIG-MODEL, E-USAGE-MODULE,
             E-USAGE-ADAPTER, E-ENV-IMPORT, E-CKPT-.
     """
     adapter: Any = _adapter(settings)
@@ -51,10 +50,6 @@ def doctor(settings: Doctor) -> Result:
 
 def _adapter(settings: Doctor) -> Adapter:
     """Return what is to be audited."""
-    named = {name: getattr(settings, name) for name in ("model", "checkpoint", "module")}
-    given = [name for name, value in named.items() if value is not None]
-    if len(given) > 1:
-        raise MaekitError("E-CONFIG-BOTH", f"settings {' and '.join(given)}", expected="one of them")
     if settings.model is not None:
         return peer(settings.model)
     if settings.module is not None:
@@ -88,7 +83,11 @@ def _wrong(findings: Sequence[Finding]) -> list[Finding]:
 
 def _table(head: dict[str, str], counts: dict[str, int], findings: Sequence[Finding]) -> list[str]:
     """Return one line a check; under those that deviate what was expected, what it means, where the rule stands."""
-    lines = [f"{head['name']} {head['version']}".rstrip(), *filter(None, (head["how"], f"looked at with {head['with']}")), ""]
+    lines = [
+        f"{head['name']} {head['version']}".rstrip(),
+        *filter(None, (head["how"], f"looked at with {head['with']}")),
+        "",
+    ]
     for finding in findings:
         lines.append(f"{finding.status:<9}  {finding.check.name:<25}  {_cut(finding.found)}")
         if finding.status in (DEVIATES, CRASHED):
