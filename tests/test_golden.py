@@ -170,11 +170,14 @@ def samples(seed: int, steps: tuple[int, ...]) -> Iterator[tuple[str, Numbers]]:
         for step, parts in zip(steps, (loader.steps(step, step + 1) for step in steps), strict=True):
             batch = next(next(parts))
             for index, image, drawn in zip(batch["ids"].tolist(), batch["images"], batch["noise"], strict=True):
-                yield f"step {step}, image {index}", {
-                    "top, left, height, width": boxes.pop(0),
-                    "mirrored": bool(image[0, 0, 0] > image[0, 0, -1]),
-                    "noise * 2^24": (drawn.double() * 2**24).long().tolist(),
-                }
+                yield (
+                    f"step {step}, image {index}",
+                    {
+                        "top, left, height, width": boxes.pop(0),
+                        "mirrored": bool(image[0, 0, 0] > image[0, 0, -1]),
+                        "noise * 2^24": (drawn.double() * 2**24).long().tolist(),
+                    },
+                )
 
 
 def numbers_of_the_data() -> Numbers:

@@ -123,7 +123,7 @@ def test_a_class_token_classifier_gives_their_logits(report: Report, name: str, 
 
 
 def test_at_a_ratio_with_float_dust_they_keep_a_patch_less() -> None:
-    """Trap 4.1, the one intended difference: int(N * (1 - r)) keeps 9 of 100 patches at .9; we keep 10, as the paper."""
+    """Trap 4.1, the one intended difference: int(N * (1 - r)) keeps 9 of 100 patches at .9; we keep the paper's 10."""
     torch.manual_seed(0)
     ours = create_model(**{**MODELS["tiny, 5 channels"], "img_size": 80})
     images, noise = inputs(ours, torch.float32)

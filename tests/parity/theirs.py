@@ -107,18 +107,18 @@ def vit_mae(ours: MaskedAutoencoder, mask_ratio: float, attention: str) -> ViTMA
 
     Their default ``layer_norm_eps`` is 1e-12; the official code and ours use 1e-6.
     """
-    block, decoder = ours.encoder.blocks[0].mlp, ours.decoder.blocks[0].mlp
     assert ours.img_size[0] == ours.img_size[1]
     settings: dict[str, Any] = {
-        **_geometry(ours.encoder, ours.num_heads, block.fc1.out_features, attention),
+        **_geometry(ours.encoder, ours.num_heads, attention),
         "decoder_hidden_size": ours.spec["decoder_dim"],
         "decoder_num_hidden_layers": ours.spec["decoder_depth"],
         "decoder_num_attention_heads": ours.spec["decoder_heads"],
-        "decoder_intermediate_size": decoder.fc1.out_features,
+        "decoder_intermediate_size": _hidden(ours.decoder),
         "mask_ratio": mask_ratio,
         "norm_pix_loss": ours.target == "norm_pixel",
     }
-    model = ViTMAEForPreTraining(ViTMAEConfig(**settings)).to(ours.decoder.pos_embed.dtype)
+    model: Any = ViTMAEForPreTraining(ViTMAEConfig(**settings))
+    model.to(ours.decoder.pos_embed.dtype)
     fill(model, ours)
     return model.requires_grad_(True)
 
@@ -130,20 +130,27 @@ def vit_mae_encoder(ours: MaskedAutoencoder, attention: str) -> ViTMAEModel:
 
 def vit_classifier(ours: VisionTransformer, heads: int, attention: str) -> ViTForImageClassification:
     """Build their class-token classifier with our weights."""
-    settings = _geometry(ours, heads, ours.blocks[0].mlp.fc1.out_features, attention)
-    model = ViTForImageClassification(ViTConfig(**settings, num_labels=ours.num_classes)).to(ours.cls_token.dtype)
+    assert ours.cls_token is not None
+    settings: dict[str, Any] = {**_geometry(ours, heads, attention), "num_labels": ours.num_classes}
+    model: Any = ViTForImageClassification(ViTConfig(**settings))
+    model.to(ours.cls_token.dtype)
     fill(model, ours)
     return model
 
 
-def _geometry(encoder: VisionTransformer, heads: int, hidden: int, attention: str) -> dict[str, Any]:
+def _hidden(part: nn.Module) -> int:
+    """Return the width between the two layers of a block's MLP."""
+    return part.get_parameter("blocks.0.mlp.fc1.bias").numel()
+
+
+def _geometry(encoder: VisionTransformer, heads: int, attention: str) -> dict[str, Any]:
     embed = encoder.patch_embed
     assert embed.img_size is not None
     return {
         "hidden_size": encoder.embed_dim,
         "num_hidden_layers": len(encoder.blocks),
         "num_attention_heads": heads,
-        "intermediate_size": hidden,
+        "intermediate_size": _hidden(encoder),
         "image_size": embed.img_size[0],
         "patch_size": embed.patch_size[0],
         "num_channels": encoder.in_chans,
