@@ -102,6 +102,12 @@ VERBS: dict[str, Verb] = {
     "data": Verb(
         settings.Data, "maekit.tasks.data", "run", ("maekit data my_photos", "maekit data builtin:fashion --json")
     ),
+    "doctor": Verb(
+        settings.Doctor,
+        "maekit.tasks.doctor",
+        "doctor",
+        ("maekit doctor", "maekit doctor --model transformers:vit-mae-base --json"),
+    ),
 }
 
 

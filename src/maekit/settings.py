@@ -348,6 +348,19 @@ class Data(Place):
     positional: ClassVar[tuple[str, ...]] = ("data",)
 
 
+class Doctor(Settings):
+    """Audit an implementation of the method: this one, a library's, a file of weights, your own."""
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "checkpoint", "module"),)
+
+    model: str | None = setting(
+        None, "a library: transformers:vit-mae-base, timm:NAME, lightly, stable-pretraining; default: this installation"
+    )
+    checkpoint: Path | None = setting(None, "a run folder or file of weights, whatever layout is read")
+    module: str | None = setting(None, "your own adapter, package.module:factory (docs/audit.md); its code is run")
+    only: list[str] = setting([], "names of checks; default: all")
+
+
 class Quickstart(Images, Size, Machine):
     """From images to a report: pre-train, look, measure, fine-tune with few labels."""
 
