@@ -8,8 +8,12 @@ ten billion numbers (a stride of 0), and a deflated archive unpacks to any size.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import pickle
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,9 +168,12 @@ def _read_torch(path: Path) -> File:
         _check_archive(path)
     elif _head(path).startswith(b"PK"):
         raise _cut_off(path, "an archive without its end")
+    elif not _head(path).startswith(b"\x80"):  # how every pickle of torch.save begins
+        raise MaekitError("E-CKPT-FORMAT", f"{path}", found="no weights of any known kind", expected=READABLE)
     try:
-        with torch.serialization.safe_globals(ALLOWED):
-            value = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream, torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about pickle protocols: what matters is read, or refused below
+            value = torch.load(stream, map_location="cpu", weights_only=True)  # a stream: no guesses by the file's name
     except pickle.UnpicklingError as error:
         raise _unsafe(path, error) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
@@ -204,15 +211,7 @@ def _check_archive(path: Path) -> None:
 
 def _unsafe(path: Path, error: Exception) -> MaekitError:
     """Name the first thing that a pickle wanted to load or run."""
-    try:
-        with torch.serialization.safe_globals(ALLOWED):
-            offenders = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError, pickle.UnpicklingError):
-        offenders = []
-    words = str(error).split("Unsupported ")[-1].split("GLOBAL ")[-1].split()
-    if not offenders and "GLOBAL" in str(error) and words:
-        offenders = [words[0]]
-    if offenders:
+    if offenders := _globals_of_torch(path) or _globals_of_pickle(path):
         found = f"a pickle that loads {', '.join(clean(name, 80) for name in offenders[:3])}"
     else:
         found = f"no plain tensors: {clean(str(error).split('.')[-1] or error, 100)}"
@@ -223,6 +222,31 @@ def _unsafe(path: Path, error: Exception) -> MaekitError:
         expected="tensors and plain values: code in a file is never run",
         hint="safetensors from its author, or convert it where you trust it",
     )
+
+
+def _globals_of_torch(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as stream, torch.serialization.safe_globals(ALLOWED):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
+    except Exception:  # what it is was found already; this only looks for a name
+        return []
+
+
+def _globals_of_pickle(path: Path) -> list[str]:
+    """Take a pickle apart without running it: names that it would load, as far as it can be followed."""
+    found: list[str] = []
+    strings: list[str] = []
+    with path.open("rb") as stream:
+        raw = io.BytesIO(stream.read(MOST_BYTES))
+    with contextlib.suppress(ValueError, IndexError, UnicodeDecodeError, OverflowError):
+        for code, argument, _ in pickletools.genops(raw):
+            if code.name in ("GLOBAL", "INST"):
+                found.append(str(argument).replace(" ", "."))
+            elif code.name == "STACK_GLOBAL" and len(strings) > 1:
+                found.append(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    return found
 
 
 def _unwrap(path: Path, value: Any) -> File:

@@ -181,6 +181,22 @@ WRAPPERS = (
 """What wrappers and training frames put before a name: DataParallel, torch.compile, Lightning, heads on a backbone."""
 
 
+class Row(NamedTuple):
+    """What became of one tensor.
+
+    Attributes:
+        theirs: its name in the file; empty for one that was made.
+        ours: its name in maekit; empty for one that is left out.
+        what: "used" | "renamed" | "reshaped" | "created" | "left out".
+        note: why, or how.
+    """
+
+    theirs: str
+    ours: str
+    what: str
+    note: str = ""
+
+
 class Place(NamedTuple):
     """Where a tensor of a file belongs.
 
@@ -195,19 +211,19 @@ class Place(NamedTuple):
 
 def place(layout: Layout, name: str) -> Place | None:
     """Return where a name of `layout` belongs, with any wrappers before it; None if it does not say."""
-    for stripped in _unwrapped(name):
+    for stripped in _unwrapped(name, 4):
         for candidate in (stripped, f"vit.{stripped}"):  # transformers' bare encoder has no prefix
             if found := _place(layout, candidate):
                 return found
     return None
 
 
-def _unwrapped(name: str) -> Iterable[str]:
-    """Yield a name, then the same without one wrapper after the other."""
+def _unwrapped(name: str, most: int) -> Iterable[str]:
+    """Yield a name, then the same without one wrapper after the other, up to that many."""
     yield name
-    for wrapper in WRAPPERS:
+    for wrapper in WRAPPERS if most else ():
         if name.startswith(wrapper):
-            yield from _unwrapped(name.removeprefix(wrapper))
+            yield from _unwrapped(name.removeprefix(wrapper), most - 1)
 
 
 def _place(layout: Layout, name: str) -> Place | None:

@@ -1,9 +1,10 @@
-"""maekit's own weights: one safetensors file that says by itself what it holds.
+"""Weights in and out: maekit's own files, and the door through which every other layout is read.
 
-The header's metadata carries, under "maekit", a JSON object with format number, kind ("mae", "encoder" or
-"classifier") and the model's ``spec``. A file is read in this order, so that a wrong or hostile one costs nothing:
-metadata checked against a schema, the architecture built without memory, names, shapes, types and digest compared,
-values checked for NaN, and only then a model is allocated and filled. Nothing is unpickled, ever.
+maekit writes one safetensors file that says by itself what it holds. The header's metadata carries, under "maekit", a
+JSON object with format number, kind ("mae", "encoder" or "classifier") and the model's ``spec``. A file is read in this
+order, so that a wrong or hostile one costs nothing: metadata checked against a schema, the architecture built without
+memory, names, shapes, types and digest compared, values checked for NaN, and only then a model is allocated and filled.
+Files of other libraries go through `files` and `foreign`. Code in a file is never run.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,22 +22,25 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
 
 from maekit.errors import MaekitError
-from maekit.model.heads import classifier
+from maekit.interchange.architecture import Hints, Reading, check, expected_tensors
+from maekit.interchange.files import READABLE, Tensors, read_file
+from maekit.interchange.foreign import recognise
+from maekit.interchange.names import Row
+from maekit.model.encoder import create_encoder
+from maekit.model.heads import encoder_spec
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.settings import FORMAT
 from maekit.train import checkpoint
 
 log = logging.getLogger("maekit")
 
-Tensors = dict[str, Tensor]
 Kind = Literal["mae", "encoder", "classifier"]
-SUPPORTED = "a run folder, a checkpoint folder or a .safetensors file written by maekit"
 Count = Annotated[int, Field(ge=1, le=65536)]
 Depth = Annotated[int, Field(ge=1, le=1024)]
 """Upper limits of every size in a file: far above any model, far below what would hang the check."""
+NO_HINTS = Hints()
 MOST_PARAMETERS = 10**9
 """Of a decoder that a file asks for without holding it."""
 
@@ -73,14 +77,6 @@ class Header(BaseModel):
     sha256: str | None = None
     classes: list[str] | None = None
     pool: Literal["mean", "cls"] | None = None
-
-
-class Weights(NamedTuple):
-    """A file in memory: where it was, what it says, what it holds."""
-
-    path: Path
-    header: Header
-    tensors: Tensors
 
 
 class Classifier(NamedTuple):
@@ -130,81 +126,109 @@ def save_encoder(model: MaskedAutoencoder, path: str | Path) -> None:
     _save(model, model.encoder.state_dict(), "encoder", Path(path))
 
 
-def load_model(path: str | Path, *, random_init: bool = False) -> MaskedAutoencoder:
+def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
+    """Read weights of any layout into memory, checked; no model is built yet.
+
+    Args:
+        path: a run folder (its newest checkpoint that verifies), one checkpoint's folder, a file of maekit, or what
+            another library wrote: a file, or a folder with ``config.json``.
+        hints: what a file of another library does not say by itself.
+
+    Raises:
+        MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (no weights, or a newer maekit's), E-CKPT-PICKLE, E-CKPT-SIZE,
+            E-CKPT-DAMAGED, E-CKPT-LAYOUT, E-CKPT-HEADS, E-CKPT-KEYS, E-CKPT-SHAPE, E-CKPT-NAN; the message names file
+            and tensor.
+    """
+    path = Path(path)
+    if path.is_dir() and ((path / checkpoint.MANIFEST).exists() or (path / "checkpoints").exists()):
+        found = _checkpoint(path)
+        file = found.path / "model.safetensors"
+        return _own(file, _header(file, _metadata_of(file)), found.tensors["model"])
+    file = read_file(path)
+    if "maekit" not in file.metadata:
+        return recognise(file, hints)
+    header = _header(file.path, file.metadata)
+    if header.sha256 not in (None, _digest(file.tensors)):
+        raise MaekitError(
+            "E-CKPT-DAMAGED",
+            f"{path}",
+            found="other values than were written (SHA-256)",
+            hint="another copy of the file",
+        )
+    return _own(file.path, header, file.tensors)
+
+
+def load_model(path: str | Path, *, random_init: bool = False, hints: Hints = NO_HINTS) -> MaskedAutoencoder:
     """Load a masked autoencoder on the CPU, in eval mode.
 
     Args:
-        path: a run folder (its newest checkpoint that verifies), one checkpoint's folder, or a file of `save_model` or
-            `save_encoder`; of the latter the decoder is drawn anew.
+        path: anything `read_weights` reads. Where it holds no decoder, that is drawn anew, and a line says so.
         random_init: take the architecture only; all weights are drawn anew.
+        hints: what a file of another library does not say by itself.
 
     Raises:
-        MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (not maekit's, or a newer one's), E-CKPT-DAMAGED, E-CKPT-KIND (a
-            classifier), E-CKPT-KEYS, E-CKPT-SHAPE, E-CKPT-NAN; the message names file and tensor.
+        MaekitError: as `read_weights`; E-CKPT-KIND for a classifier.
     """
-    weights = _read(Path(path))
-    if weights.header.kind == "classifier":
+    return as_model(read_weights(path, hints), random_init=random_init)
+
+
+def as_model(reading: Reading, *, random_init: bool = False) -> MaskedAutoencoder:
+    """Build the masked autoencoder of weights that were read, in eval mode.
+
+    Raises:
+        MaekitError: E-CKPT-KIND for a classifier; E-CKPT-FORMAT for a decoder to draw that is larger than any.
+    """
+    if reading.kind == "classifier":
         raise MaekitError(
             "E-CKPT-KIND",
-            f"{weights.path}",
+            f"{reading.path}",
             found="a fine-tuned classifier",
             expected="a masked autoencoder or its encoder",
-            hint="the run that it was fine-tuned from, or load_classifier of maekit.interchange.weights",
+            hint="the weights it was fine-tuned from, or load_classifier of maekit.interchange.weights",
         )
-    spec, only_encoder = weights.header.spec.model_dump(), weights.header.kind == "encoder"
-
-    def build() -> nn.Module:
-        model = create_model(**spec)
-        if only_encoder:
-            _limit(model.decoder)
-        return model.encoder if only_encoder else model
-
-    _check(weights, build)
-    model = create_model(**spec).eval()
+    if reading.kind == "encoder":
+        _limit(reading.spec)
+    model = create_model(**reading.spec).eval()
     if random_init:
         return model
-    if only_encoder:
-        log.info("%s holds the encoder only: the decoder is drawn anew", weights.path)
-    (model.encoder if only_encoder else model).load_state_dict(weights.tensors)
+    if reading.kind == "encoder":
+        log.info("%s holds the encoder only: the decoder is drawn anew", reading.path)
+    (model.encoder if reading.kind == "encoder" else model).load_state_dict(reading.tensors)
     return model
 
 
-def holds_decoder(path: str | Path) -> bool:
-    """Say whether `load_model` finds a decoder there, or draws one anew.
-
-    Raises:
-        MaekitError: as `load_model`.
-    """
-    path = Path(path)
-    return path.is_dir() or _header(path, _open(path, False)[0]).kind == "mae"
-
-
-def load_classifier(path: str | Path) -> Classifier:
-    """Load what ``maekit finetune`` made, on the CPU.
+def load_classifier(path: str | Path, hints: Hints = NO_HINTS) -> Classifier:
+    """Load what ``maekit finetune`` made, or a fine-tuned file of another library, on the CPU.
 
     Args:
-        path: the run folder, one checkpoint's folder or its model.safetensors.
+        path: the run folder, one checkpoint's folder, or anything `read_weights` reads that has a head.
+        hints: as `read_weights`.
 
     Raises:
-        MaekitError: as `load_model`; E-CKPT-KIND for weights without a head.
+        MaekitError: as `read_weights`; E-CKPT-KIND for weights without a head.
     """
-    weights = _read(Path(path))
-    header, head = weights.header, weights.tensors.get("head.bias")
-    if header.kind != "classifier" or header.pool is None or head is None:
+    return as_classifier(read_weights(path, hints))
+
+
+def as_classifier(reading: Reading) -> Classifier:
+    """Build the classifier of weights that were read, in eval mode.
+
+    Raises:
+        MaekitError: E-CKPT-KIND for weights without a head.
+    """
+    if reading.kind != "classifier" or reading.pool is None:
         raise MaekitError(
-            "E-CKPT-KIND", f"{weights.path}", found=f"kind {header.kind}", expected="a fine-tuned classifier"
+            "E-CKPT-KIND",
+            f"{reading.path}",
+            found=f"{'a masked autoencoder' if reading.kind == 'mae' else 'an encoder'}, pre-trained",
+            expected="a fine-tuned classifier",
+            hint="maekit finetune",
         )
-    spec, pool, num_classes = header.spec.model_dump(mode="json"), header.pool, head.numel()
-
-    def build() -> VisionTransformer:
-        with torch.device("meta"):  # the decoder is not in the file, and not needed
-            origin = create_model(**spec)
-        return classifier(origin, num_classes, pool=pool, pretrained=False)
-
-    _check(weights, build)
-    model = build().eval()
-    model.load_state_dict(weights.tensors)
-    return Classifier(model, header.classes or [], spec)
+    model = create_encoder(**encoder_spec(reading.spec), num_classes=reading.num_classes(), pool=reading.pool).eval()
+    model.load_state_dict(reading.tensors)
+    assert model.pos_embed is not None
+    model.pos_embed.requires_grad_(True)
+    return Classifier(model, reading.classes, reading.spec)
 
 
 def _metadata(model: MaskedAutoencoder, kind: Kind, **more: Any) -> dict[str, str]:
@@ -236,51 +260,30 @@ def _digest(tensors: Tensors) -> str:
     return checkpoint.state_sha256({"model": tensors}, {})
 
 
-def _read(path: Path) -> Weights:
-    """Find the file, read its header and tensors; nothing in them is believed yet but the digest."""
-    if not path.exists():
-        raise MaekitError("E-CKPT-MISSING", f"no weights at {path}", expected=SUPPORTED)
-    if path.is_dir():
-        found = _checkpoint(path)
-        file = found.path / "model.safetensors"
-        return Weights(file, _header(file, _open(file, False)[0]), found.tensors["model"])
-    raw, tensors = _open(path, True)
-    weights = Weights(path, _header(path, raw), tensors)
-    if weights.header.sha256 not in (None, _digest(tensors)):
-        raise MaekitError(
-            "E-CKPT-DAMAGED",
-            f"{path}",
-            found="other values than were written (SHA-256)",
-            hint="another copy of the file",
-        )
-    return weights
-
-
 def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
     """Read the checkpoint in a folder, or the newest that verifies of a run."""
     if (folder / checkpoint.MANIFEST).exists():
         return checkpoint.load(folder)
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
-        raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=SUPPORTED)
+        raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=READABLE)
     log.info("weights of step %d from %s", found.step, found.path)
     return found
 
 
-def _open(path: Path, with_tensors: bool) -> tuple[dict[str, str], Tensors]:
+def _metadata_of(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
-            return file.metadata() or {}, tensors
+            return file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         found = f"no whole safetensors file ({error})"
-        raise MaekitError("E-CKPT-FORMAT", f"cannot read {path}", found=found, expected=SUPPORTED) from error
+        raise MaekitError("E-CKPT-FORMAT", f"cannot read {path}", found=found, expected=READABLE) from error
 
 
 def _header(path: Path, raw: dict[str, str]) -> Header:
     if "maekit" not in raw:
         raise MaekitError(
-            "E-CKPT-FORMAT", f"{path}", found="a safetensors file without maekit's metadata", expected=SUPPORTED
+            "E-CKPT-FORMAT", f"{path}", found="a safetensors file without maekit's metadata", expected="a checkpoint"
         )
     try:
         version = json.loads(raw["maekit"])["format"]
@@ -305,45 +308,27 @@ def _header(path: Path, raw: dict[str, str]) -> Header:
         ) from error
 
 
-def _check(weights: Weights, build: Callable[[], nn.Module]) -> None:
-    """Compare a file with the architecture it names before any memory is spent on that."""
-    path, tensors = weights.path, weights.tensors
+def _own(path: Path, header: Header, tensors: Tensors) -> Reading:
+    """Compare a file of maekit's with the architecture it names before any memory is spent on that."""
+    spec, kind = header.spec.model_dump(mode="json"), header.kind
+    head = tensors.get("head.bias")
+    if kind == "classifier" and (header.pool is None or head is None or head.ndim != 1):
+        raise MaekitError("E-CKPT-FORMAT", f"{path}", found="a classifier without pool or head")
+    pool = header.pool if kind == "classifier" else None
     try:
-        with torch.device("meta"):
-            expected = build().state_dict()
+        expected = expected_tensors(spec, kind, pool, 0 if head is None else head.numel())
     except MaekitError as error:
         raise MaekitError("E-CKPT-FORMAT", f"{path} names a model that cannot be built", found=error.args[0]) from error
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        found = "; ".join(
-            f"{word} {_some(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names
-        )
-        raise MaekitError(
-            "E-CKPT-KEYS", f"tensors of {path}", found=found, expected="exactly those of the model it names"
-        )
-    for name, value in tensors.items():
-        wanted = expected[name]
-        if value.shape != wanted.shape or value.dtype != wanted.dtype:
-            raise MaekitError(
-                "E-CKPT-SHAPE",
-                f"tensor {name} of {path}",
-                found=f"{tuple(value.shape)} {value.dtype}",
-                expected=f"{tuple(wanted.shape)} {wanted.dtype}",
-            )
-    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-    if bad:
-        raise MaekitError(
-            "E-CKPT-NAN", f"tensors of {path}", found=f"NaN or infinity in {_some(bad)}", expected="finite numbers"
-        )
+    check(path, tensors, expected, "the model it names")
+    rows = [Row(name, name, "used", "x".join(map(str, value.shape))) for name, value in tensors.items()]
+    return Reading(path, "safetensors", "maekit", kind, spec, tensors, header.classes or [], pool, rows, [], {}, [])
 
 
-def _limit(decoder: nn.Module) -> None:
+def _limit(spec: dict[str, Any]) -> None:
     """Refuse to draw a decoder anew whose size only a few words in a file ask for."""
-    if (found := sum(p.numel() for p in decoder.parameters())) > MOST_PARAMETERS:
+    with torch.device("meta"):
+        found = sum(p.numel() for p in create_model(**spec).decoder.parameters())
+    if found > MOST_PARAMETERS:
         raise MaekitError(
             "E-CKPT-FORMAT", "decoder", found=f"{found} parameters", expected=f"at most {MOST_PARAMETERS}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

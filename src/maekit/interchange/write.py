@@ -19,7 +19,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from maekit.data.augment import crop_pct_of
+from maekit.data.augment import default_crop_pct
 from maekit.errors import MaekitError, clean
 from maekit.interchange.files import Tensors, read_file
 from maekit.interchange.foreign import Row
@@ -96,9 +96,12 @@ def timm_folder(model: Model, path: Path) -> list[Row]:
         "model_args": {name: args[name] for name in keep if args[name] is not None},
     }
     if model.kind == "classifier":
-        config["model_args"] |= {"global_pool": "avg" if model.pool == "mean" else "token", "fc_norm": model.pool == "mean"}
+        config["model_args"] |= {
+            "global_pool": "avg" if model.pool == "mean" else "token",
+            "fc_norm": model.pool == "mean",
+        }
     data = {"mean": tuple(spec["mean"]), "std": tuple(spec["std"]), "interpolation": "bicubic"}
-    data |= {"input_size": (spec["in_chans"], *size), "crop_pct": crop_pct_of(size), "crop_mode": "center"}
+    data |= {"input_size": (spec["in_chans"], *size), "crop_pct": default_crop_pct(size), "crop_mode": "center"}
     into = lambda place: timm.models.save_for_hf(  # noqa: E731
         built, str(place), config, safe_serialization=True, data_config=data
     )
@@ -127,7 +130,10 @@ def transformers_folder(model: Model, path: Path) -> list[Row]:
         )
     if model.spec["img_size"][0] != model.spec["img_size"][1]:
         raise MaekitError(
-            "E-CKPT-LAYOUT", "images for transformers' ViT", found=f"{model.spec['img_size']} pixels", expected="square ones"
+            "E-CKPT-LAYOUT",
+            "images for transformers' ViT",
+            found=f"{model.spec['img_size']} pixels",
+            expected="square ones",
         )
     named, rows = _rename(model, TRANSFORMERS)
     if model.kind == "encoder":  # ViTMAEModel is the bare encoder
@@ -190,7 +196,7 @@ def _preprocessor(spec: dict[str, Any]) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": spec["in_chans"] == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(side / crop_pct_of((side, side)))},
+        "size": {"shortest_edge": round(side / default_crop_pct((side, side)))},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
@@ -209,7 +215,9 @@ def _only_plain(model: Model, what: str) -> None:
     missing = sorted(plain - model.ours().keys())
     rows, patches = model.ours()["encoder.pos_embed"].shape[1], _num_patches(model.spec)
     if extra or missing or rows != patches + 1:
-        found = f"{clean(extra[0], 60)}" if extra else f"no {missing[0]}" if missing else "a class token without position"
+        found = (
+            f"{clean(extra[0], 60)}" if extra else f"no {missing[0]}" if missing else "a class token without position"
+        )
         raise MaekitError(
             "E-CKPT-LAYOUT",
             f"this encoder as {what}",

@@ -10,7 +10,7 @@ from maekit.data.augment import EvalView, PretrainView, default_crop_pct
 from maekit.data.loader import Batch, Loader
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
-from maekit.interchange.weights import holds_decoder, load_model, metadata, save_encoder
+from maekit.interchange.weights import as_model, metadata, read_weights, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep
 from maekit.report.pretraining import pretrain_report
@@ -64,7 +64,8 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     model = new_model(settings, channels)
     len_keep(model.num_patches, settings.mask_ratio)  # refused before anything is read or written
     if settings.init is not None:
-        start_from(model, load_model(settings.init), with_decoder=holds_decoder(settings.init))
+        weights = read_weights(settings.init)
+        start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
     resolved = prepare(run, settings, settings, source, here, model, statistics=_statistics(settings, channels))
     model.to(here.device).train()
 
