@@ -10,6 +10,7 @@ ten billion numbers (a stride of 0), and a deflated archive unpacks to any size.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import pickle
 import pickletools
@@ -239,7 +240,8 @@ def _globals_of_pickle(path: Path) -> list[str]:
     with path.open("rb") as stream:
         raw = io.BytesIO(stream.read(MOST_BYTES))
     with contextlib.suppress(ValueError, IndexError, UnicodeDecodeError, OverflowError):
-        for code, argument, _ in pickletools.genops(raw):
+        # torch's old format is five pickles, one after the other
+        for code, argument, _ in itertools.chain.from_iterable(pickletools.genops(raw) for _ in range(5)):
             if code.name in ("GLOBAL", "INST"):
                 found.append(str(argument).replace(" ", "."))
             elif code.name == "STACK_GLOBAL" and len(strings) > 1:
