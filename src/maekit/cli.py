@@ -102,6 +102,21 @@ VERBS: dict[str, Verb] = {
     "data": Verb(
         settings.Data, "maekit.tasks.data", "run", ("maekit data my_photos", "maekit data builtin:fashion --json")
     ),
+    "convert": Verb(
+        settings.Convert,
+        "maekit.tasks.convert",
+        "convert",
+        (
+            "maekit convert runs/a vit-timm --to timm",
+            "maekit convert mae_pretrain_vit_base_full.pth mae-hf --to transformers --target pixel",
+        ),
+    ),
+    "inspect": Verb(
+        settings.Inspect,
+        "maekit.tasks.inspect",
+        "inspect",
+        ("maekit inspect mae_pretrain_vit_base.pth", "maekit inspect runs/a --json"),
+    ),
     "doctor": Verb(
         settings.Doctor,
         "maekit.tasks.doctor",

@@ -348,6 +348,59 @@ class Data(Place):
     positional: ClassVar[tuple[str, ...]] = ("data",)
 
 
+class Unsaid(Settings):
+    """What a file of another library may not say"""
+
+    model: str | None = setting(None, "timm's name of its architecture; default: read off the shapes")
+    num_heads: int | None = setting(None, "its encoder's heads; default: usual for its width", ge=1)
+    decoder_heads: int | None = setting(None, "its decoder's heads; default: usual for its width", ge=1)
+    target: Literal["norm_pixel", "pixel"] | None = setting(None, "what its decoder predicts; default: norm_pixel")
+    source_size: ImageSize | None = setting(None, "its images, height and width in pixels; default: square")
+
+
+class Reshape(Settings):
+    """Changes of shape"""
+
+    img_size: ImageSize | None = setting(None, "other images: positions resampled, bicubic, encoder and decoder")
+    patch_size: int | None = setting(None, "other patches at the same grid: pseudo-inverse, as in FlexiViT", ge=1)
+    channels: int | None = setting(None, "other channels: kernels repeated and scaled", ge=1, le=4096)
+    channel_matrix: Path | None = setting(None, "JSON file: for each new channel, its weights of the old ones")
+    class_token: Literal["add", "drop"] | None = setting(None, "add one of zeros, or drop it")
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("channels", "channel_matrix"),)
+
+
+class Graph(Settings):
+    """onnx and pt2"""
+
+    what: Literal["encoder", "autoencoder"] | None = setting(None, "default: encoder; with a head: classifier")
+    pool: Literal["mean", "cls", "tokens"] | None = setting(None, "what the encoder gives; default: mean")
+    dynamic_size: bool | None = setting(None, "take images of any multiple of the patch side; default: one size")
+    mask_ratio: float | None = setting(None, "of the autoencoder; default: 0.75", gt=0, lt=1)
+
+
+class Convert(Unsaid, Reshape, Graph):
+    """Turn weights into another library's; proved by running both, nothing dropped silently."""
+
+    positional: ClassVar[tuple[str, ...]] = ("src", "dst")
+
+    src: Path | None = setting(None, "run folder, file or folder of weights, whatever library wrote it")
+    dst: Path | None = setting(None, "what to write: a folder for timm and transformers, else a file; must not exist")
+    to: Literal["official", "timm", "transformers", "detectron2", "safetensors", "onnx", "pt2"] | None = setting(
+        None, "the library, or safetensors of maekit, or a graph"
+    )
+    encoder_only: bool = setting(False, "leave the decoder out")
+    licence: str | None = setting(None, "write a model card (README.md) with this licence: mit, apache-2.0, ...")
+
+
+class Inspect(Unsaid):
+    """Say what a file of weights holds: layout, architecture, every tensor, what is taken for granted."""
+
+    positional: ClassVar[tuple[str, ...]] = ("file",)
+
+    file: Path | None = setting(None, "run folder, file or folder of weights, whatever library wrote it")
+
+
 class Doctor(Settings):
     """Audit an implementation of the method: this one, a library's, a file of weights, your own."""
 

@@ -43,9 +43,10 @@ EPSILON = 1e-6
 """Of every layer norm of the authors' models, timm's and ours."""
 KNOWN_ARGS = {
     "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "num_classes", "global_pool", "fc_norm",
-    "class_token",
+    "class_token", "drop_path_rate", "drop_rate", "weight_init",
 }  # fmt: skip
-"""timm's ``model_args`` that stand in the shapes or are read here; another could change what the model computes."""
+"""timm's ``model_args`` that stand in the shapes, are read here, or matter in training only; another could change what
+the model computes."""
 
 
 class Hints(NamedTuple):

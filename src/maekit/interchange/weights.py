@@ -25,6 +25,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maekit.errors import MaekitError
 from maekit.interchange.architecture import Hints, Reading, check, expected_tensors
+from maekit.interchange.card import Origin, origin, write_card
+from maekit.interchange.card import card as model_card
 from maekit.interchange.files import READABLE, Tensors, read_file
 from maekit.interchange.foreign import recognise
 from maekit.interchange.names import Row
@@ -104,17 +106,45 @@ def metadata(
         pool: "mean" | "cls" of that classifier.
     """
     if pool is None:
-        return _metadata(model, "mae")
-    return _metadata(model, "classifier", classes=None if classes is None else list(classes), pool=pool)
+        return _metadata(model.spec, "mae")
+    return _metadata(model.spec, "classifier", classes=None if classes is None else list(classes), pool=pool)
 
 
-def save_model(model: MaskedAutoencoder, path: str | Path) -> None:
+def save_model(
+    model: MaskedAutoencoder,
+    path: str | Path,
+    *,
+    card: bool = False,
+    licence: str = "",
+    data: str = "",
+    recipe: str = "",
+    run: str | Path | None = None,
+) -> None:
     """Write encoder, decoder and ``spec`` into one safetensors file, in float32, whole or not at all.
 
+    Args:
+        model: as it is.
+        path: of the file; one that is there is replaced.
+        card: write a model card beside it, README.md, as model hubs show it.
+        licence: of the weights, for the card, which is refused without one.
+        data: what they were trained on, for the card.
+        recipe: what they were trained by, for the card.
+        run: run folder that says both, and what deviates from its recipe.
+
     Raises:
-        MaekitError: E-ENV-DISK if the disk is full, E-ENV-OUT if the place cannot be written.
+        MaekitError: E-CONFIG-LICENCE for a card without licence; E-ENV-DISK if the disk is full, E-ENV-OUT if the place
+            cannot be written, or holds a README.md that is no card of ours.
     """
-    _save(model, model.state_dict(), "mae", Path(path))
+    path, text = Path(path), ""
+    if card:
+        said = origin(Path(run)) if run is not None else Origin()
+        said = said._replace(data=data or said.data, recipe=recipe or said.recipe)
+        state = dict(model.state_dict())
+        reading = Reading(path, "safetensors", "maekit", "mae", model.spec, state, [], None, [], [], {}, [])
+        text = model_card(reading, licence, said, name=path.name)
+    _save(model.spec, model.state_dict(), "mae", path)
+    if card:
+        write_card(path.parent, text)
 
 
 def save_encoder(model: MaskedAutoencoder, path: str | Path) -> None:
@@ -123,7 +153,7 @@ def save_encoder(model: MaskedAutoencoder, path: str | Path) -> None:
     Raises:
         MaekitError: as `save_model`.
     """
-    _save(model, model.encoder.state_dict(), "encoder", Path(path))
+    _save(model.spec, model.encoder.state_dict(), "encoder", Path(path))
 
 
 def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
@@ -231,11 +261,23 @@ def as_classifier(reading: Reading) -> Classifier:
     return Classifier(model, reading.classes, reading.spec)
 
 
-def _metadata(model: MaskedAutoencoder, kind: Kind, **more: Any) -> dict[str, str]:
-    return {"maekit": json.dumps({"format": FORMAT, "kind": kind, "spec": model.spec, **more})}
+def save_reading(reading: Reading, path: Path) -> None:
+    """Write weights of any kind that were read as a file of maekit's own, which holds all of them.
+
+    Raises:
+        MaekitError: as `save_model`.
+    """
+    more: dict[str, Any] = {}
+    if reading.kind == "classifier":
+        more = {"classes": reading.classes or None, "pool": reading.pool}
+    _save(reading.spec, reading.tensors, reading.kind, path, **more)
 
 
-def _save(model: MaskedAutoencoder, state: Tensors, kind: Kind, path: Path) -> None:
+def _metadata(spec: dict[str, Any], kind: str, **more: Any) -> dict[str, str]:
+    return {"maekit": json.dumps({"format": FORMAT, "kind": kind, "spec": spec, **more})}
+
+
+def _save(spec: dict[str, Any], state: Tensors, kind: str, path: Path, **more: Any) -> None:
     # torch.compile wraps a module under this name.
     tensors = {
         name.removeprefix("_orig_mod."): value.detach().float().cpu().contiguous() for name, value in state.items()
@@ -244,7 +286,7 @@ def _save(model: MaskedAutoencoder, state: Tensors, kind: Kind, path: Path) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
-            file.write(safetensors.torch.save(tensors, _metadata(model, kind, sha256=_digest(tensors))))
+            file.write(safetensors.torch.save(tensors, _metadata(spec, kind, sha256=_digest(tensors), **more)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
