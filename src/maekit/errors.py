@@ -51,9 +51,8 @@ class MaekitError(ValueError):
     ) -> None:
         assert re.fullmatch(r"E-[A-Z]+-[A-Z0-9-]+", code) and code.split("-")[1] in EXIT_CODES, code
         self.code, self.exit_code = code, EXIT_CODES[code.split("-")[1]]
-        facts = ", ".join(
-            f"{word} {clean(value)}" for word, value in (("found", found), ("expected", expected)) if value is not None
-        )
+        given = {"found": found, "expected": expected}
+        facts = ", ".join(f"{word} {clean(value, 400)}" for word, value in given.items() if value is not None)
         hint = hint or HINTS.get(code)
         line = clean(what, 600) + (f": {facts}" if facts else "")
         super().__init__(line + (f". Try: {clean(hint, 400)}" if hint else ""))

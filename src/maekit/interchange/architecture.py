@@ -209,6 +209,7 @@ class _Reader:
         self.notes: list[str] = []
         self.args = _mapping(file.facts, "args")
         self.model_args = _mapping(file.config, "model_args")
+        self.torso = self._is_torso()
 
     # ------------------------------------------------------------------------------------------------- what it is
 
@@ -307,7 +308,13 @@ class _Reader:
         config = self.file.config
         heads = self.hints.num_heads or _count(config.get("num_attention_heads") or self.model_args.get("num_heads"))
         if name := self._said_name():
-            return name, heads or geometry(name).heads
+            try:
+                return name, heads or geometry(name).heads
+            except MaekitError as error:
+                if self.hints.model:
+                    raise
+                where = f"configuration beside {self.file.path}"
+                raise MaekitError("E-CKPT-LAYOUT", where, found=error.args[0], hint="--model NAME") from error
         usual, usual_heads = NAMES.get(width, (ANY_WIDTH, None))
         if heads is None and usual_heads is None:
             raise MaekitError(
@@ -327,11 +334,11 @@ class _Reader:
         return name.split(".")[0] if isinstance(name, str) else None
 
     def _has_class_token(self) -> bool:
-        return "encoder.cls_token" in self.found or self._is_torso()
+        return "encoder.cls_token" in self.found or self.torso
 
     def _is_torso(self) -> bool:
         """Say whether class token and final norm are missing because the layout has no place for them (ViTDet's)."""
-        return "encoder.norm.weight" not in self.found and "encoder.fc_norm.weight" not in self.found
+        return not any(f"encoder.{name}" in self.found for name in ("cls_token", "norm.weight", "fc_norm.weight"))
 
     def _grid(self, patch: int) -> tuple[int, int]:
         """Return rows and columns of patches; the file tells only how many places there are."""
@@ -348,7 +355,7 @@ class _Reader:
             f"positions of {self.file.path}",
             found=f"{places} places, which make no square grid",
             expected="a square grid, or the size of the images",
-            hint="--img-size HEIGHT WIDTH",
+            hint="--source-size HEIGHT WIDTH",
         )
 
     def _num_prefix(self) -> int:
@@ -429,9 +436,8 @@ class _Reader:
             self.found[name] = value
             created.append(Row("", name, "created", note))
 
-        if "encoder.cls_token" not in self.found and self._is_torso():
+        if self.torso:
             create("encoder.cls_token", torch.zeros(1, 1, width), "zeros: the layout has none")
-        if self._is_torso() and kind != "classifier":
             create("encoder.norm.weight", torch.ones(width), "ones: the layout has none")
             create("encoder.norm.bias", torch.zeros(width), "zeros: the layout has none")
         if geometry(spec["name"]).has_class_token:

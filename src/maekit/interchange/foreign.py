@@ -60,12 +60,12 @@ def _unknown(file: File, best: Layout, count: int) -> MaekitError:
         return -max(difflib.SequenceMatcher(None, stem, one).ratio() for one in known)
 
     names = sorted(file.tensors, key=distance)[:10] if len(file.tensors) <= 5000 else sorted(file.tensors)[:10]
-    guess = f"{best.name} ({count} of {len(file.tensors)} names)" if count else "none: not a vision transformer's"
+    guess = f"{best.name} ({count} of {len(file.tensors)} names)" if count else "none, no vision transformer's"
     return MaekitError(
         "E-CKPT-LAYOUT",
-        f"layout of {file.path}",
-        found=f"{', '.join(clean(name, 60) for name in names)}; best guess {guess}",
-        expected="names of official, timm, transformers, detectron2 or torchvision files",
+        f"layout of {file.path}: nearest of its names {', '.join(clean(name, 48) for name in names)}",
+        found=f"no whole layout, best guess {guess}",
+        expected="official, timm, transformers, detectron2 or torchvision names",
         hint="maekit inspect FILE on a file that works shows what they look like",
     )
 
