@@ -11,10 +11,25 @@ if TYPE_CHECKING:
     from maekit.errors import MaekitError
     from maekit.interchange.weights import load_model, save_model
     from maekit.model.mae import MaskedAutoencoder, create_model
-    from maekit.settings import Data, Embed, Finetune, Knn, Pretrain, Probe, Quickstart, Reconstruct
+    from maekit.settings import (
+        Convert,
+        Data,
+        Doctor,
+        Embed,
+        Finetune,
+        Inspect,
+        Knn,
+        Pretrain,
+        Probe,
+        Quickstart,
+        Reconstruct,
+    )
     from maekit.tasks import Result
+    from maekit.tasks.convert import convert
+    from maekit.tasks.doctor import doctor
     from maekit.tasks.embed import embed
     from maekit.tasks.finetune import finetune
+    from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
@@ -24,9 +39,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Convert",
     "Data",
+    "Doctor",
     "Embed",
     "Finetune",
+    "Inspect",
     "Knn",
     "MaekitError",
     "MaskedAutoencoder",
@@ -36,9 +54,12 @@ __all__ = [
     "Reconstruct",
     "Result",
     "__version__",
+    "convert",
     "create_model",
+    "doctor",
     "embed",
     "finetune",
+    "inspect",
     "knn",
     "load_model",
     "pretrain",
@@ -52,10 +73,25 @@ _HOMES = {
     "maekit.errors": ("MaekitError",),
     "maekit.interchange.weights": ("load_model", "save_model"),
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
-    "maekit.settings": ("Data", "Embed", "Finetune", "Knn", "Pretrain", "Probe", "Quickstart", "Reconstruct"),
+    "maekit.settings": (
+        "Convert",
+        "Data",
+        "Doctor",
+        "Embed",
+        "Finetune",
+        "Inspect",
+        "Knn",
+        "Pretrain",
+        "Probe",
+        "Quickstart",
+        "Reconstruct",
+    ),
     "maekit.tasks": ("Result",),
+    "maekit.tasks.convert": ("convert",),
+    "maekit.tasks.doctor": ("doctor",),
     "maekit.tasks.embed": ("embed",),
     "maekit.tasks.finetune": ("finetune",),
+    "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),

@@ -394,7 +394,7 @@ class Convert(Unsaid, Reshape, Graph):
 
 
 class Inspect(Unsaid):
-    """Say what a file of weights holds: layout, architecture, every tensor, what is taken for granted."""
+    """Say what a file of weights holds: layout, architecture, tensors, what it leaves unsaid."""
 
     positional: ClassVar[tuple[str, ...]] = ("file",)
 

@@ -259,7 +259,7 @@ def test_an_argument_of_timm_that_changes_what_is_computed_is_refused(tmp_path: 
 def test_torchvisions_vit_computes_the_same_here(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.VisionTransformer(32, 8, 2, 3, 192, 768, num_classes=4).eval()
-    nn.init.normal_(theirs.heads[0].weight)
+    nn.init.normal_(theirs.heads.get_parameter("head.weight"))
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
     assert read_weights(tmp_path / "vit.pth").layout == "torchvision"
     loaded = load_classifier(tmp_path / "vit.pth")

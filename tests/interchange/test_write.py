@@ -1,4 +1,4 @@
-"""Weights written for other libraries: names as there, values bit by bit, the same numbers where the library runs them."""
+"""Weights written for other libraries: names as there, values bit by bit, the same numbers where a library runs."""
 
 import json
 import subprocess
@@ -41,8 +41,8 @@ def saved(path: Path, kind: str, **changes: Any) -> tuple[Path, MaskedAutoencode
         tuned = classifier(model, 3, pool=kind)
         torch.nn.init.normal_(tuned.head.get_parameter("weight"))
         header = metadata(model, classes=["cat", "dog", "owl"], pool=kind)
-        checkpoint.save(path / "ours.safetensors" / "checkpoints", 1, {"model": tuned.state_dict(), "optimizer": {}}, {},
-                        metadata=header, keep=1)  # fmt: skip
+        tensors = {"model": tuned.state_dict(), "optimizer": {}}
+        checkpoint.save(path / "ours.safetensors" / "checkpoints", 1, tensors, {}, metadata=header, keep=1)
     return path / "ours.safetensors", model
 
 
@@ -142,7 +142,7 @@ def test_timm_loads_folder_and_file_both_ways(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     expected = model.features(images, "tokens")
     overlay = {"file": str(dst / "model.safetensors")}
-    shape = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 0}
+    shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 0}
     for theirs in (
         timm.create_model(f"local-dir:{dst}", pretrained=True),
         timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **shape),
@@ -194,7 +194,7 @@ def test_a_conversion_that_computes_otherwise_is_not_kept(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("to", "model_is", "words"),
     [
-        ("official", {"name": "vit_small_patch14_reg4_dinov2"}, "reg_token"),
+        ("official", {"name": "vit_small_patch14_reg4_dinov2"}, "ls1.gamma"),
         ("transformers", {"name": "vit_base_patch16_gap_224", "embed_dim": 192, "num_heads": 3}, "cls_token"),
         ("detectron2", {"name": "vit_base_patch16_gap_224", "embed_dim": 192, "num_heads": 3}, "cls_token"),
         ("transformers", {"img_size": (32, 48)}, "square"),

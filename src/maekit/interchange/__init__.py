@@ -1,1 +1,1 @@
-"""Weights in and out. `weights`: maekit's own files, safetensors and nothing else; no pickle is ever opened."""
+"""Weights in and out of every library; no code in a file is ever run."""

@@ -154,10 +154,10 @@ def _write(reading: Reading, place: Path, to: str) -> list[Row]:
 
 def _export(reading: Reading, dst: Path, to: str, settings: Convert) -> tuple[list[Row], Proof]:
     """Write a graph; it proves itself."""
-    from maekit.interchange.export import TOLERANCE, export_onnx, export_pt2
-
     what, size, ratio = settings.what or "encoder", bool(settings.dynamic_size), settings.mask_ratio or 0.75
     _refuse_unheard(reading, settings, what)
+    from maekit.interchange.export import TOLERANCE, export_onnx, export_pt2
+
     export = export_onnx if to == "onnx" else export_pt2
     if reading.kind == "classifier":
         loaded = as_classifier(reading)

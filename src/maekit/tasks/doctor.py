@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from maekit import __version__
+from maekit.config import resolve
 from maekit.conformance.adapter import Adapter, load_adapter
 from maekit.conformance.check import CRASHED, DEVIATES, NOT_SHOWN, OK, Finding, audit
 from maekit.conformance.peers import peer
@@ -23,13 +24,14 @@ SHOWN = 110
 """Columns of a found value in the table; ``--json`` has it whole."""
 
 
-def doctor(settings: Doctor) -> Result:
+def doctor(settings: Doctor | dict[str, Any]) -> Result:
     """Run the checks and return every finding.
 
     Raises:
         MaekitError: E-CONFIG-CHECK, E-CONFIG-PEER, E-CONFIG-MODEL, E-USAGE-MODULE,
             E-USAGE-ADAPTER, E-ENV-IMPORT, E-CKPT-.
     """
+    settings = resolve(Doctor, flags=settings)[0] if isinstance(settings, dict) else settings
     adapter: Any = _adapter(settings)
     checks = OF_A_FILE if settings.checkpoint and not settings.only else chosen(settings.only)
     findings = audit(adapter, checks)
