@@ -12,7 +12,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint types format build clean
+.PHONY: help install quickstart test test-slow test-gpu golden parity conformance lint types format build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,14 @@ test-slow: $(TOOLS)  ## the slow tests
 
 test-gpu: $(TOOLS)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+golden: $(TOOLS)  ## freeze every recipe's values anew, for a change that is meant
+	MAEKIT_GOLDEN=renew $(BIN)/python -m pytest -q -n 0 -k golden tests/test_recipes.py
+parity: $(TOOLS)  ## compare with transformers and timm; renews the table of docs/parity.md
+	PARITY=docs/parity.md $(BIN)/python -m pytest -q -n 2 tests/parity
+
+conformance: $(TOOLS)  ## audit maekit and the peers installed; renews docs/conformance.md (RESULTS=more audits)
+	$(BIN)/python scripts/conformance.py $(RESULTS)
 
 lint: $(TOOLS)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ class Size:
 
 def _recipe(name: str, steps: int) -> Size:
     """Take a size from a recipe, so that the figures are of what is shipped."""
-    run = cast(Pretrain, RECIPES[name]())
+    run = cast(Pretrain, RECIPES[name]().settings)
     assert run.img_size[0] == run.img_size[1] and run.patch_size and run.embed_dim and run.depth and run.num_heads
     return Size(
         run.model,

@@ -108,8 +108,8 @@ def test_typos_are_answered_with_the_nearest_name() -> None:
     line = refused("E-USAGE-FLAG", "pretrain", "--mask_ration", "0.5", "--epohcs", "3")
     assert "did you mean '--mask-ratio'?" in line
     assert "did you mean '--epochs'?" in line
-    assert "did you mean 'paper/pretrain-vit-b'?" in refused(
-        "E-CONFIG-RECIPE", "pretrain", "--recipe", "paper/pretain-vit-b"
+    assert "did you mean 'paper/pretrain-vit-b16'?" in refused(
+        "E-CONFIG-RECIPE", "pretrain", "--recipe", "paper/pretain-vit-b16"
     )
     assert "did you mean '--mask-ratio'?" in refused("E-USAGE-FLAG", "pretrain", "\u2014mask-ratio", "0.5")
     assert "did you mean '--json'?" in refused("E-USAGE-WORD", "recipes", "--jsno")
@@ -177,17 +177,18 @@ def test_words_become_settings_wherever_they_stand(words: str, expected: dict[st
 
 def test_recipes_are_listed_for_people_and_for_programs() -> None:
     text = maekit("recipes", "paper/finetune").stdout
-    assert "paper/finetune-vit-b   (maekit finetune)" in text
+    assert "paper/finetune-vit-b16-repo   (maekit finetune)" in text
     assert "not measured here" in text
     rows = json.loads(maekit("recipes", "--json").stdout)["recipes"]
     assert {"name", "verb", "purpose", "source", "cost", "expect"} == set(rows[0])
 
 
 def test_config_show_prints_a_config_file_with_sources(tmp_path: Path) -> None:
-    run = maekit("config", "show", "--verb", "pretrain", "--recipe", "paper/pretrain-vit-b", "--steps", "10")
+    run = maekit("config", "show", "--verb", "pretrain", "--recipe", "pretrain-vit-b16", "--steps", "10")
     assert run.returncode == 0, run.stderr
     assert "\nmask_ratio: 0.75  " in run.stdout
-    assert "# recipe paper/pretrain-vit-b" in run.stdout
+    assert "\nrecipe: paper/pretrain-vit-b16\n" in run.stdout
+    assert "  # paper T8\n" in run.stdout
     (tmp_path / "config.yaml").write_text(run.stdout)
     again = maekit("config", "show", "--verb", "pretrain", "--config", str(tmp_path / "config.yaml"), "--json")
     assert json.loads(again.stdout)["settings"]["steps"] == 10

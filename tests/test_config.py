@@ -34,17 +34,17 @@ def test_nothing_said_gives_the_defaults_of_the_settings_class() -> None:
 
 def test_flag_beats_file_beats_recipe_beats_default(tmp_path: Path) -> None:
     file = written(tmp_path, "batch_size: 64\nweight_decay: 0.1\nseed: 3\n")
-    settings, sources = resolve(Pretrain, recipe="paper/pretrain-vit-l", file=file, flags={"seed": "7"})
+    settings, sources = resolve(Pretrain, recipe="paper/pretrain-vit-l16", file=file, flags={"seed": "7"})
     assert (settings.seed, settings.batch_size, settings.model) == (7, 64, "vit_large_patch16_224")
     assert sources["seed"] == "flag"
     assert sources["batch_size"] == f"config {file}"
-    assert sources["model"] == "recipe paper/pretrain-vit-l"
+    assert sources["model"] == "recipe paper/pretrain-vit-l16"
     assert sources["keep"] == "default"
 
 
 def test_a_setting_replaces_its_rival_from_lower_layers(tmp_path: Path) -> None:
     file = written(tmp_path, "steps: 50\nlr: 1e-3\n")
-    settings, sources = resolve(Pretrain, recipe="paper/pretrain-vit-b", file=file)
+    settings, sources = resolve(Pretrain, recipe="paper/pretrain-vit-b16", file=file)
     assert (settings.steps, settings.epochs, settings.lr, settings.base_lr) == (50, None, 1e-3, None)
     assert sources["epochs"] == f"config {file}"
     settings, _ = resolve(Pretrain, file=file, flags={"epochs": "2"})
@@ -144,7 +144,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest() -> None:
 
 
 def test_a_recipe_of_another_verb_is_refused() -> None:
-    error = fault(Finetune, recipe="paper/pretrain-vit-b")
+    error = fault(Finetune, recipe="paper/pretrain-vit-b16")
     assert error.code == "E-CONFIG-RECIPE"
     assert "a recipe for pretrain" in str(error)
 
@@ -219,6 +219,6 @@ def test_any_settings_survive_the_way_through_a_file(
 def test_every_setting_stands_in_exactly_one_group() -> None:
     for cls in (Pretrain, Finetune, Knn):
         names = [name for group in groups(cls).values() for name in group]
-        assert sorted(names) == sorted(cls.model_fields)
+        assert sorted(["recipe", *names]) == sorted(cls.model_fields)
     assert "epochs" in groups(Pretrain)["Training"]
     assert groups(Finetune)["Finetune"][0] == "run"

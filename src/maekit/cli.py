@@ -102,6 +102,12 @@ VERBS: dict[str, Verb] = {
     "data": Verb(
         settings.Data, "maekit.tasks.data", "run", ("maekit data my_photos", "maekit data builtin:fashion --json")
     ),
+    "doctor": Verb(
+        settings.Doctor,
+        "maekit.tasks.doctor",
+        "doctor",
+        ("maekit doctor", "maekit doctor --model transformers:vit-mae-base --json"),
+    ),
 }
 
 
@@ -276,7 +282,7 @@ def _add(group: Any, cls: type[settings.Settings], name: str) -> None:
     if name in cls.positional:
         text += f" (or {_metavar(cls, name)} without the flag)"
     if info.default is not None and info.default != [] and "default:" not in text:
-        text += f" [{_spell(info.default)}]"
+        text += f" [{config.spell(info.default)}]"
     options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%")}
     flag = "--" + name.replace("_", "-")
     if bool in _parts(info.annotation):
@@ -322,20 +328,13 @@ def _metavar(cls: type[settings.Settings], name: str) -> str:
     return "|".join(words) or name.rpartition("_")[2].upper()
 
 
-def _spell(default: object) -> str:
-    if isinstance(default, list | tuple):
-        return " ".join(map(_spell, default))
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
 # --------------------------------------------------------------------------------- verbs that need no task
 
 
 def _overview() -> str:
     verbs = {verb: (entry.settings.__doc__ or "").partition("\n")[0] for verb, entry in VERBS.items()}
-    verbs |= {"recipes": "List the named runs: purpose, cost, expected score.", "config": "Show settings and sources."}
+    verbs |= {"recipes": "List the named runs, or show one with the source of each value."}
+    verbs |= {"config": "Show settings and sources; tell two runs or recipes apart."}
     return "\n".join(
         [
             "usage: maekit VERB [--setting VALUE ...]",
@@ -355,47 +354,78 @@ def _overview() -> str:
 
 
 RECIPES_HELP = """usage: maekit recipes [WORD] [--json]
+       maekit recipes show NAME [--config FILE] [--setting VALUE ...] [--json]
 
-List the named runs, or those with WORD in their name. Take one with --recipe.
+List the named runs, or those with WORD in their name. Take one with --recipe; the
+group before the slash may be left out.
+show: every value of one, who published it, and what settings beside the name change
+of it. The output is a config file.
 
 examples:
   maekit recipes
-  maekit recipes paper/finetune"""
+  maekit recipes paper/finetune
+  maekit recipes show finetune-vit-b16-paper
+  maekit recipes show pretrain-vit-b16 --base-lr 1e-3"""
 
 CONFIG_HELP = """usage: maekit config show RUN
        maekit config show --verb VERB [--recipe NAME] [--config FILE]
                           [--setting VALUE ...]
+       maekit config diff A B
 
-Show the settings of a run, or those that a command line would have, as YAML with
+show: the settings of a run, or those that a command line would have, as YAML with
 the source of each value. The output is a config file.
+diff: what differs between A and B (not counting --out). Each is a run folder, a config
+file or a recipe. Exit code 0: nothing does, 1: something does.
 
 examples:
   maekit config show runs/a
-  maekit config show --verb pretrain --recipe paper/pretrain-vit-b --mask-ratio 0.6"""
+  maekit config show --verb pretrain --recipe pretrain-vit-b16 --mask-ratio 0.6
+  maekit config diff finetune-vit-b16-paper finetune-vit-b16-repo
+  maekit config diff runs/a runs/b"""
 
 
 def _recipes(words: list[str]) -> Result:
     if "-h" in words or "--help" in words:
         return Result({}, RECIPES_HELP)
+    if words[:1] == ["show"]:
+        return _recipe(words[1:])
     wanted = _only_words(words, "maekit recipes", at_most=1)
     entries = [entry for entry in recipes.describe() if all(word in entry.name for word in wanted)]
     if not entries:
         recipes.find(wanted[0])
-    text = "\n\n".join(
+    return Result({"recipes": [asdict(entry) for entry in entries]}, "\n\n".join(map(_described, entries)))
+
+
+def _described(entry: recipes.Entry) -> str:
+    return (
         f"{entry.name}   (maekit {entry.verb})\n"
         f"  {entry.purpose}.\n  source: {entry.source}\n  cost:   {entry.cost}\n  expect: {entry.expect}"
-        for entry in entries
     )
-    return Result({"recipes": [asdict(entry) for entry in entries]}, text)
+
+
+def _recipe(words: list[str]) -> Result:
+    """Show one recipe as a config file, with the source of each value and what the words after its name change."""
+    if not words or _is_flag(words[0]):
+        raise MaekitError("E-USAGE-WORD", "maekit recipes show", expected="a name first", hint="maekit recipes")
+    name, _ = recipes.find(words[0])
+    entry = recipes.entry(name)
+    line = _parse(entry.verb, words[1:], prog=f"maekit recipes show {name}")
+    if line.recipe is not None:
+        raise MaekitError("E-USAGE-FLAG", "maekit recipes show", found=f"{words[0]} and --recipe", expected="one name")
+    shown = _shown(entry.verb, Line(line.flags, name, line.config))
+    head = "".join(f"# {part}\n" for part in _described(entry).splitlines())
+    return Result({"recipe": asdict(entry), **shown.metrics}, head + shown.text)
 
 
 def _config(words: list[str]) -> Result:
     if not words or words[0] in ("-h", "--help") or words[1:2] in (["-h"], ["--help"]):
         return Result({}, CONFIG_HELP)
+    if words[0] == "diff":
+        return _diff(words[1:])
     if words[0] != "show":
-        near = config.suggest(words[0], ["show"])
+        near = config.suggest(words[0], ["show", "diff"])
         what = f"maekit config: unexpected word {clean(words[0], 60)!r}{near}"
-        raise MaekitError("E-USAGE-WORD", what, expected="show", hint="maekit config --help")
+        raise MaekitError("E-USAGE-WORD", what, expected="show or diff", hint="maekit config --help")
     words = [part for word in words[1:] for part in (word.split("=", 1) if word.startswith("--verb=") else [word])]
     if "--verb" not in words:
         return _stored(_only_words(words, "maekit config show", at_most=1))
@@ -404,10 +434,47 @@ def _config(words: list[str]) -> Result:
     if verb in ("recipes", "config"):
         raise MaekitError("E-USAGE-VERB", f"maekit config show --verb {verb}", found="a verb without settings")
     verb = _known(verb)
-    line = _parse(verb, words[:at] + words[at + 2 :], prog=f"maekit config show --verb {verb}")
+    return _shown(verb, _parse(verb, words[:at] + words[at + 2 :], prog=f"maekit config show --verb {verb}"))
+
+
+def _shown(verb: str, line: Line) -> Result:
+    """Return the settings of a command line as YAML, with the source of each value."""
     chosen, sources = config.resolve(VERBS[verb].settings, recipe=line.recipe, file=line.config, flags=line.flags)
-    metrics: dict[str, object] = {"settings": chosen.model_dump(mode="json"), "sources": sources}
-    return Result(metrics, config.explain_yaml(chosen, sources).rstrip())
+    origins = config.origins(chosen, sources)
+    found = config.deviations(chosen.recipe, chosen) if chosen.recipe else []
+    metrics: dict[str, object] = {"settings": chosen.model_dump(mode="json"), "sources": sources, "origins": origins}
+    metrics["deviations"] = [asdict(deviation) for deviation in found]
+    return Result(metrics, config.explain_yaml(chosen, origins).rstrip())
+
+
+def _diff(words: list[str]) -> Result:
+    """Compare two runs, config files or recipes: exit code 1 where something differs."""
+    words = _only_words(words, "maekit config diff", at_most=2)
+    if len(words) < 2:
+        what = "a run folder, a config file or a recipe, twice"
+        raise MaekitError("E-USAGE-WORD", "maekit config diff", expected=what, hint="maekit config --help")
+    one, other = map(_side, words)
+    found = config.differences(one, other)
+    rows = [["", *words]] + [[name, *map(config.spell, pair)] for name, pair in found.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    metrics: dict[str, object] = {"a": words[0], "b": words[1], "differences": found}
+    return Result(metrics, "\n".join(lines) if found else "no differences", exit_code=int(bool(found)))
+
+
+def _side(word: str) -> settings.Settings:
+    """Return the settings of a run folder, a config file or a recipe."""
+    path = Path(word)
+    if not path.exists():
+        with contextlib.suppress(MaekitError):
+            return recipes.find(word)[1].settings
+        what = f"no run, config file or recipe {clean(word, 60)!r}{recipes.nearest(word)}"
+        raise MaekitError("E-CONFIG-RECIPE", what, hint="maekit recipes, or the path of a run")
+    path = path / "config.yaml" if path.is_dir() else path
+    verb = config.load_yaml(path).get("verb")
+    if verb not in VERBS:
+        raise MaekitError("E-CONFIG-VERB", f"config {path}", found=verb, expected="a line such as 'verb: pretrain'")
+    return config.resolve(VERBS[verb].settings, file=path)[0]
 
 
 def _stored(words: list[str]) -> Result:

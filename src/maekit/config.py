@@ -23,7 +23,8 @@ from yaml.error import MarkedYAMLError
 
 from maekit import __version__
 from maekit.errors import MaekitError, clean
-from maekit.recipes import find
+from maekit.recipes import RECIPES, find
+from maekit.recipes.cited import Cited, Recipe
 from maekit.settings import FORMAT, Settings
 
 S = TypeVar("S", bound=Settings)
@@ -50,7 +51,8 @@ def resolve(
 
     Args:
         cls: the verb's settings.
-        recipe: a name in `maekit.recipes.RECIPES`.
+        recipe: a name in `maekit.recipes.RECIPES`, with or without its group; a flag or a line of the file called
+            ``recipe`` means the same where this is None.
         file: a YAML file, for example the ``config.yaml`` of a run.
         flags: what the command line says; strings are read as in a file.
 
@@ -116,36 +118,46 @@ def _error(faults: list[_Fault], cls: type[Settings]) -> MaekitError:
 def _layers(
     cls: type[Settings], recipe: str | None, file: Path | None, flags: Mapping[str, object]
 ) -> list[tuple[str, dict[str, Any]]]:
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if recipe is not None:
-        layers.append((f"recipe {recipe}", _from_recipe(cls, recipe)))
-    if file is not None:
-        layers.append((f"config {file}", _from_file(cls, file)))
-    if flags:
-        layers.append(("flag", {name: _from_text(cls, name, value) for name, value in flags.items()}))
+    said = {name: _from_text(cls, name, value) for name, value in flags.items()}
+    written, is_a_run = _from_file(cls, file) if file is not None else ({}, False)
+    # a run's own file holds every value: its recipe is only remembered, where a newer maekit still has it
+    if is_a_run and str(written.get("recipe")) not in RECIPES:
+        written["recipe"] = None
+    name = recipe or said.get("recipe") or (None if is_a_run else written.get("recipe"))
+    layers = [(f"config {file}", written), ("flag", said)]
+    if isinstance(name, str):
+        name, chosen = _recipe_for(cls, name)
+        layers.insert(0, (f"recipe {name}", {"recipe": name} | _decided(chosen)))
+        for layer in (written, said):
+            layer.pop("recipe", None)
     return layers
 
 
-def _from_recipe(cls: type[Settings], name: str) -> dict[str, Any]:
-    chosen = find(name)()
-    if not isinstance(chosen, cls):
+def _recipe_for(cls: type[Settings], word: str) -> tuple[str, Recipe[Any]]:
+    name, chosen = find(word)
+    if not isinstance(chosen.settings, cls):
         raise MaekitError(
             "E-CONFIG-RECIPE",
             f"recipe {name}",
-            found=f"a recipe for {_verb(type(chosen))}",
+            found=f"a recipe for {_verb(type(chosen.settings))}",
             expected=f"one for {_verb(cls)}",
             hint="maekit recipes",
         )
-    return {field: getattr(chosen, field) for field in cls.model_fields if field in chosen.model_fields_set}
+    return name, chosen
 
 
-def _from_file(cls: type[Settings], path: Path) -> dict[str, Any]:
+def _decided(chosen: Recipe[Any]) -> dict[str, Any]:
+    return {name: getattr(chosen.settings, name) for name in chosen.cited}
+
+
+def _from_file(cls: type[Settings], path: Path) -> tuple[dict[str, Any], bool]:
+    """Return the settings in a file, and whether it is the config.yaml of a run."""
     values = load_yaml(path)
     header = {key: values.pop(key) for key in HEADER if key in values}
     verb = header.get("verb")
     if verb is not None and verb != _verb(cls):
         raise MaekitError("E-CONFIG-VERB", f"config {path}", found=f"settings of {verb}", expected=f"of {_verb(cls)}")
-    return values
+    return values, "resolved" in header
 
 
 def _from_text(cls: type[Settings], name: str, value: object) -> object:
@@ -247,6 +259,108 @@ def _verb(cls: type[Settings]) -> str:
     return cls.__name__.lower()
 
 
+# ------------------------------------------------------------------------------------------------ what differs
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A setting that is not what its recipe says.
+
+    Attributes:
+        name: of the setting.
+        source: who published the recipe's value: ``paper T8``.
+        theirs: the recipe's value, in JSON's types.
+        yours: the value used; ``steps 40`` where another setting has taken its place.
+    """
+
+    name: str
+    source: str
+    theirs: Any
+    yours: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.source} {spell(self.theirs)}, yours {spell(self.yours)}"
+
+
+def deviations(recipe: str, settings: Settings) -> list[Deviation]:
+    """Return what differs in `settings` from the recipe, of all that the recipe decides.
+
+    Raises:
+        MaekitError: E-CONFIG-RECIPE for an unknown name or a recipe of another verb.
+    """
+    _, chosen = _recipe_for(type(settings), recipe)
+    theirs, mine = chosen.settings.model_dump(mode="json"), settings.model_dump(mode="json")
+    return [
+        Deviation(name, cited.source, theirs[name], _in_place_of(name, type(settings), mine))
+        for name, cited in chosen.cited.items()
+        if mine[name] != theirs[name]
+    ]
+
+
+def _in_place_of(name: str, cls: type[Settings], values: Mapping[str, Any]) -> Any:
+    """Return the value of a setting, or name and value of the rival that stands in for it."""
+    given = [rival for rival in _rivals(cls, name) if values[rival] is not None]
+    return f"{given[0]} {spell(values[given[0]])}" if values[name] is None and given else values[name]
+
+
+def differences(one: Settings, other: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the values that differ between two settings of a verb, in JSON's types, by name.
+
+    Their names are left out: ``recipe`` and ``out`` say which settings they are, not what they are.
+
+    Raises:
+        MaekitError: E-CONFIG-VERB for settings of two verbs.
+    """
+    if type(one) is not type(other):
+        raise MaekitError(
+            "E-CONFIG-VERB",
+            "two sets of settings",
+            found=f"those of {_verb(type(one))} and of {_verb(type(other))}",
+            expected="two of the same verb",
+            hint="maekit recipes shows the verb of each",
+        )
+    mine, theirs = one.model_dump(mode="json"), other.model_dump(mode="json")
+    return {
+        name: (mine[name], theirs[name])
+        for name in mine
+        if name not in ("recipe", "out") and mine[name] != theirs[name]
+    }
+
+
+def origins(settings: Settings, sources: Mapping[str, str]) -> dict[str, str]:
+    """Return a line on each setting: who published it, what others say, and the value used where it differs.
+
+    As in ``paper T8``, ``paper T9: 0.001; repo: 0.0005``, ``paper T8: 0.00015; yours: 0.001 (flag)``, ``default``.
+    """
+    if settings.recipe is None:
+        return dict(sources)
+    _, chosen = _recipe_for(type(settings), settings.recipe)
+    theirs = chosen.settings.model_dump(mode="json")
+    lines = {name: _published(cited, theirs[name]) for name, cited in chosen.cited.items()}
+    for found in deviations(settings.recipe, settings):
+        if not chosen.cited[found.name].others:
+            lines[found.name] += f": {spell(found.theirs)}"
+        lines[found.name] += f"; yours: {spell(found.yours)} ({sources[found.name]})"
+    return {name: lines.get(name, source) for name, source in sources.items()}
+
+
+def _published(cited: Cited, value: Any) -> str:
+    if not cited.others:
+        return cited.source
+    return "; ".join(f"{source}: {spell(said)}" for source, said in {cited.source: value, **cited.others}.items())
+
+
+def spell(value: object) -> str:
+    """Return a value as people write it on a command line: ``0.9 0.95``, ``none``, ``1600``."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(spell, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
 # ---------------------------------------------------------------------------------------------------- YAML
 
 
@@ -312,7 +426,7 @@ def explain_yaml(settings: Settings, sources: Mapping[str, str]) -> str:
     """Return settings as the text of a config file, in the groups of the help, with the source of each value."""
     lines = {name: _dump_line(name, value)[:-1] for name, value in settings.model_dump(mode="json").items()}
     width = min(44, max(map(len, lines.values())))
-    text = f"format: {FORMAT}\nverb: {_verb(type(settings))}\n"
+    text = f"format: {FORMAT}\nverb: {_verb(type(settings))}\n" + (lines["recipe"] + "\n" if settings.recipe else "")
     for title, names in groups(type(settings)).items():
         text += f"\n# {title}\n" + "".join(f"{lines[name]:<{width}}  # {clean(sources[name])}\n" for name in names)
     return text

@@ -56,6 +56,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    recipe: str | None = setting(
+        None, "the named run that these settings started from; what differs from it is said and kept", resume="free"
+    )
+    """Set by `maekit.config.resolve`, which alone applies a recipe: naming one here changes no other setting."""
+
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
 
@@ -260,15 +265,41 @@ class Probe(Images, Labels, Machine):
     )
     protocol: Literal["logistic", "lars"] = setting(
         "logistic",
-        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained (T10)",
+        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained, momentum .9, "
+        "trust .001 (T10)",
     )
     pool: Literal["mean", "cls"] | None = setting(
         None, "mean of patch tokens, or the class token; default: mean; lars: cls where there is one (OFF)"
     )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
-    epochs: float | None = setting(None, "lars: passes over the data; default: 90 (OFF)", gt=0)
-    batch_size: int | None = setting(None, "lars: global batch; default: 1024 (OFF: 16384)", ge=1)
-    base_lr: float | None = setting(None, "lars: learning rate per 256 images; default: 0.1 (OFF)", gt=0)
+    epochs: float | None = setting(None, "lars: passes over the data; default: 90 (T10)", gt=0)
+    batch_size: int | None = setting(None, "lars: global batch; default: 1024 (T10: 16384)", ge=1)
+    micro_batch: AutoCount = setting(
+        "auto",
+        "lars: images per process and pass, which are one batch of the batch norm; auto: up to 512 (OFF)",
+        resume="free",
+    )
+    base_lr: float | None = setting(None, "lars: learning rate per 256 images; default: 0.1 (T10)", gt=0)
+    warmup_epochs: float | None = setting(
+        None, "lars: linear warm-up from 0; default: 10 (T10), or a ninth of fewer than 90 epochs", ge=0
+    )
+    weight_decay: float | None = setting(None, "lars: weight decay; default: 0 (T10)", ge=0)
+    crop_scale: Shares | None = setting(
+        None, "lars: area range of the random crop; default: .08 1 (OFF); 1 1: whole image"
+    )
+    flip: bool | None = setting(None, "lars: mirror half of the images; default: yes (OFF)")
+
+    only_for_lars: ClassVar[tuple[str, ...]] = (
+        "epochs",
+        "batch_size",
+        "micro_batch",
+        "base_lr",
+        "warmup_epochs",
+        "weight_decay",
+        "crop_scale",
+        "flip",
+    )
+    """Settings of training, which a regression that is solved has not."""
 
 
 class Knn(Images, Labels, Machine):
@@ -315,6 +346,19 @@ class Data(Place):
     channels: int | None = setting(None, "channels per image; default: 3, or what .npy arrays hold", ge=1, le=4096)
 
     positional: ClassVar[tuple[str, ...]] = ("data",)
+
+
+class Doctor(Settings):
+    """Audit an implementation of the method: this one, a library's, a file of weights, your own."""
+
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "checkpoint", "module"),)
+
+    model: str | None = setting(
+        None, "a library: transformers:vit-mae-base, timm:NAME, lightly, stable-pretraining; default: this installation"
+    )
+    checkpoint: Path | None = setting(None, "a run folder or file of weights, whatever layout is read")
+    module: str | None = setting(None, "your own adapter, package.module:factory (docs/audit.md); its code is run")
+    only: list[str] = setting([], "names of checks; default: all")
 
 
 class Quickstart(Images, Size, Machine):

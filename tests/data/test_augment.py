@@ -11,7 +11,17 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
-from maekit.data.augment import EvalView, FinetuneView, PretrainView, default_crop_pct, eval_view, random_crop
+from maekit.data.augment import (
+    EvalView,
+    FinetuneView,
+    PretrainView,
+    ProbeView,
+    clamped_box,
+    clamped_crop,
+    default_crop_pct,
+    eval_view,
+    random_crop,
+)
 from maekit.errors import MaekitError
 
 sides, small_sides = st.integers(4, 90), st.integers(4, 40)
@@ -81,8 +91,51 @@ def test_evaluation_always_gives_the_size_and_never_a_border(
 def test_random_crops_always_give_the_size(height: int, width: int, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
     image = torch.full((1, height, width), 0.5)
-    shown = random_crop(image, (rows, columns), (0.08, 1.0))
-    assert shown.shape == (1, rows, columns) and torch.allclose(shown, torch.tensor(0.5), atol=1e-5)
+    for crop in (random_crop, clamped_crop):
+        shown = crop(image, (rows, columns), (0.08, 1.0))
+        assert shown.shape == (1, rows, columns) and torch.allclose(shown, torch.tensor(0.5), atol=1e-5)
+
+
+def boxes(height: int, width: int, scale: tuple[float, float] = (0.08, 1.0)) -> np.ndarray:
+    """Return 4000 boxes of the clamped crop: top, left, height, width."""
+    torch.manual_seed(0)
+    return np.array([clamped_box(height, width, scale) for _ in range(4000)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 99))
+def test_a_clamped_box_lies_within_the_image(height: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    top, left, tall, wide = clamped_box(height, width, (0.08, 1.0))
+    assert 0 <= top <= top + tall <= height and 0 <= left <= left + wide <= width and min(tall, wide) >= 1
+
+
+def test_a_clamped_crop_draws_area_evenly_and_aspect_evenly_in_its_logarithm() -> None:
+    """Below half of the area no side of a square image is reached, so the draws themselves can be seen."""
+    _, _, tall, wide = boxes(1000, 1000, (0.08, 0.5)).T
+    area, aspect = tall * wide / 1e6, np.log(wide / tall) / np.log(4 / 3)
+    quarters = (0.25, 0.5, 0.75)
+    np.testing.assert_allclose(np.quantile(area, quarters), [0.08 + 0.42 * q for q in quarters], atol=0.012)
+    np.testing.assert_allclose(np.quantile(aspect, quarters), (-0.5, 0.0, 0.5), atol=0.06)
+    assert area.min() >= 0.0795 and area.max() <= 0.5005 and np.abs(aspect).max() <= 1.01
+    assert abs(np.corrcoef(area, aspect)[0, 1]) < 0.05
+
+
+def test_a_clamped_crop_lies_anywhere_evenly() -> None:
+    top, left, tall, wide = boxes(300, 400, (0.08, 0.3)).T
+    for place, room in ((top, 300 - tall), (left, 400 - wide)):
+        np.testing.assert_allclose(np.quantile(place / room, (0.25, 0.5, 0.75)), (0.25, 0.5, 0.75), atol=0.04)
+
+
+def test_a_box_longer_than_the_image_is_cut_to_its_side_and_not_drawn_again() -> None:
+    """On a strip nearly every box is too tall: ours keeps the drawn width, torchvision falls back to the centre."""
+    top, left, tall, wide = boxes(20, 2000).T
+    assert (tall == 20).mean() > 0.99 and (top[tall == 20] == 0).all()
+    width = np.sqrt(20 * 2000 * (0.08 + 0.92 * np.arange(0.05, 1, 0.1)))
+    np.testing.assert_allclose(np.quantile(wide, np.arange(0.05, 1, 0.1)), width, rtol=0.06)
+    assert np.ptp(left) > 1700
+    centre = {transforms.RandomResizedCrop.get_params(torch.zeros(1, 20, 2000), [0.08, 1], [3 / 4, 4 / 3])[1:]}
+    assert centre == {((2000 - 27) // 2, 20, 27)}
 
 
 @pytest.mark.parametrize(("side", "pct"), [(28, 1.0), (96, 1.0), (112, 0.875), (224, 0.875), (384, 1.0)])
@@ -99,7 +152,9 @@ def test_half_of_the_images_are_mirrored_and_none_when_switched_off() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("view", [PretrainView((8, 12)), EvalView((8, 12), 0.875), FinetuneView((8, 12))])
+@pytest.mark.parametrize(
+    "view", [PretrainView((8, 12)), EvalView((8, 12), 0.875), FinetuneView((8, 12)), ProbeView((8, 12))]
+)
 def test_views_keep_channels_and_type(view: PretrainView, dtype: torch.dtype) -> None:
     shown = view(torch.zeros(5, 30, 20, dtype=dtype))
     assert shown.shape == (5, 8, 12) and shown.dtype == dtype

@@ -65,6 +65,13 @@ ROWS = [
     (f"{PRETRAIN.replace('--channels 1', '--channels 2')}", 2, "E-CONFIG-CHANNELS", "--channels 3"),
     ("knn RUN --data CLASSES --raw-pixels --random-init", 2, "E-CONFIG-BOTH", "raw_pixels and random_init"),
     ("probe RUN --data CLASSES --base-lr 5 --epochs 3", 2, "E-CONFIG-BOTH", "--protocol lars"),
+    ("probe RUN --data CLASSES --no-flip --micro-batch 8", 2, "E-CONFIG-BOTH", "micro_batch and flip"),
+    (
+        "probe RUN --data CLASSES --protocol lars --epochs 3 --warmup-epochs 4 --out NEW",
+        2,
+        "E-CONFIG-LENGTH",
+        "warm-up longer",
+    ),
     (f"{FINETUNE} --model vit_base_patch16_224", 2, "E-CONFIG-RUN", "vit_tiny_patch16_224"),
     ("config show --verb recipes", 2, "E-USAGE-VERB", "without settings"),
     (f"{PRETRAIN} --config FLAT", 2, "E-CONFIG-FILE", "no regular file"),

@@ -54,8 +54,22 @@ def test_the_command_that_outside_checks_use(fresh: Run, classes: Path, tmp_path
     assert done.returncode == 0 and "Warning" not in done.stderr and "Traceback" not in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert {"run", "steps", "loss", "images_per_second", "state_sha256"} <= found.keys()
+    assert "deviates from builtin/pretrain-fashion: batch_size our own 128, yours 16\n" in done.stderr
+    assert "deviates from builtin/pretrain-fashion: epochs our own 24, yours steps 4\n" in done.stderr
     assert found["steps"] == 4 and found["run"] == str(tmp_path / "run") and len(found["state_sha256"]) == 64
     assert 0 < found["loss"] < 100 and found["images_per_second"] > 0
+
+
+def test_a_run_of_a_recipe_keeps_what_deviates_from_it(pretrained: Path, classes: Path) -> None:
+    config = yaml.safe_load((pretrained / "config.yaml").read_text())
+    assert config["recipe"] == "builtin/pretrain-fashion"
+    assert config["resolved"]["deviations"] == [
+        {"name": "data", "source": "our own", "theirs": "builtin:fashion", "yours": str(classes)},
+        {"name": "epochs", "source": "our own", "theirs": 24.0, "yours": "steps 40"},
+        {"name": "batch_size", "source": "our own", "theirs": 128, "yours": 64},
+    ]
+    page = (pretrained / "report.html").read_text()
+    assert "Deviations from it" in page and "batch_size our own 128, yours 64" in page
 
 
 def test_a_run_folder_explains_itself(whole: Path, result: dict[str, Any], flat: Path) -> None:

@@ -13,9 +13,14 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 import maekit as package
+from maekit.config import load_yaml
 from maekit.interchange.weights import load_model
+from maekit.model.mae import create_model
+from maekit.recipes import find
+from maekit.settings import Probe
 from maekit.tasks.features import Features, knn_top1
-from maekit.tasks.probe import logistic_top1
+from maekit.tasks.probe import PER_PASS, Probed, _loop, logistic_top1
+from maekit.tasks.training import micro_batch
 from maekit.train import checkpoint
 
 Run = Callable[..., Any]
@@ -153,14 +158,53 @@ def test_probe_keeps_its_result_where_asked(pretrained: Path, classes: Path, tmp
 def test_the_lars_protocol_trains_the_head_only_and_goes_on(
     maekit: Run, pretrained: Path, classes: Path, tmp_path: Path
 ) -> None:
-    words = ["probe", pretrained, "--data", classes, "--protocol", "lars", "--epochs", 20, "--batch-size", 48]
-    words += ["--base-lr", 30]
+    words = ["probe", pretrained, "--data", classes, "--recipe", "probe-vit-b16", "--epochs", 20, "--batch-size", 48]
+    words += ["--base-lr", 30, "--warmup-epochs", 2, "--micro-batch", 24]
     words += ["--workers", 0, "--device", "cpu", "--out", tmp_path / "run", "--json"]
     done = maekit(*words)
     assert done.code == 0 and "Warning" not in done.stderr, done.stderr
     assert done.json["protocol"] == "lars" and done.json["steps"] == 100 and 0 < done.json["top1"] < 1
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert losses[9] < losses[0] - 0.1
+    said = [line for line in done.stderr.splitlines() if line.startswith("deviates from paper/probe-vit-b16: ")]
+    assert "deviates from paper/probe-vit-b16: epochs paper T10 90, yours 20" in said and len(said) == 5
+    resolved = load_yaml(tmp_path / "run/config.yaml")["resolved"]
+    assert resolved["micro_batch"] == "24" and [each["name"] for each in resolved["deviations"]] == [
+        "epochs", "batch_size", "micro_batch", "base_lr", "warmup_epochs",
+    ]  # fmt: skip
     saved, start = load_model(pretrained).state_dict(), checkpoint.load(tmp_path / "run/checkpoints/step-100")
     assert all(torch.equal(start.tensors["model"][f"model.{name}"], saved[name]) for name in saved)
     assert maekit(*words).json == done.json
+
+
+def test_the_lars_protocol_says_no_more_than_its_recipe_where_nothing_is_said() -> None:
+    """All of table 10 but the batch, which is cut down to what smaller sets of images have."""
+    plain, paper = _loop(Probe(protocol="lars")), _loop(find("probe-vit-b16")[1].settings)
+    assert plain == paper.model_copy(update={"batch_size": 1024, "micro_batch": "auto"})
+    assert _loop(Probe(protocol="lars", epochs=45, warmup_epochs=0, weight_decay=0.1)).warmup_epochs == 0
+    assert _loop(Probe(protocol="lars", epochs=45)).warmup_epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "each"), [(16384, 1, 512), (16384, 32, 512), (1024, 1, 512), (48, 1, 48)]
+)
+def test_batch_norm_of_the_probe_sees_512_images_as_on_each_official_gpu(batch: int, processes: int, each: int) -> None:
+    assert micro_batch(_loop(Probe(protocol="lars", batch_size=batch)), batch, processes, PER_PASS) == each
+
+
+def test_in_train_mode_only_the_batch_norm_of_the_probe_reacts() -> None:
+    model = create_model("vit_tiny_patch16_224", img_size=32, depth=2, drop_path=0.5, decoder_dim=32, decoder_depth=1)
+    probed = Probed(model, 3, "cls").train()
+    images = torch.randn(8, 3, 32, 32)
+    before = {name: value.clone() for name, value in probed.state_dict().items()}
+    one, other = probed(images), probed(images)
+    assert torch.equal(one, other)  # no drop path in the frozen encoder
+    changed = {name for name, value in probed.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.norm.running_mean", "head.norm.running_var", "head.norm.num_batches_tracked"}
+    assert {name for name, p in probed.named_parameters() if p.requires_grad} == {
+        "head.linear.weight",
+        "head.linear.bias",
+    }
+    before = {name: value.clone() for name, value in probed.eval().state_dict().items()}
+    assert not torch.equal(probed(images), one)
+    assert all(torch.equal(value, before[name]) for name, value in probed.state_dict().items())

@@ -83,3 +83,25 @@ def test_lars_adapts_the_weight_by_its_norms_and_leaves_the_bias_to_plain_moment
     trust = 0.001 * weight.norm() / head.weight.grad.norm()
     torch.testing.assert_close(head.weight.detach(), weight - 2.0 * trust * head.weight.grad)
     torch.testing.assert_close(head.bias.detach(), bias - 2.0 * head.bias.grad)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_lars_keeps_momentum_of_the_adapted_gradient_and_decays_the_weight_alone(decay: float) -> None:
+    """Oracle: three steps written out; buffer = .9 buffer + trust * (g + decay w), w -= lr * buffer."""
+    torch.manual_seed(0)
+    head, images = nn.Linear(6, 3).double(), torch.randn(4, 6, dtype=torch.double)
+    optimizer = lars(head, lr=2.0, weight_decay=decay)
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    buffers = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for _ in range(3):
+        optimizer.zero_grad()
+        head(images).square().sum().backward()
+        assert head.weight.grad is not None and head.bias.grad is not None
+        grad = head.weight.grad.clone()
+        trust = 0.001 * weight.norm() / (grad.norm() + decay * weight.norm())
+        buffers = [0.9 * buffers[0] + trust * (grad + decay * weight), 0.9 * buffers[1] + head.bias.grad.clone()]
+        weight, bias = weight - 2.0 * buffers[0], bias - 2.0 * buffers[1]
+        optimizer.step()
+    # 1e-7: timm adds 1e-8 to the norm it divides by
+    torch.testing.assert_close(head.weight.detach(), weight, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(head.bias.detach(), bias, rtol=1e-7, atol=1e-7)

@@ -45,10 +45,10 @@ def test_lr_itself_replaces_base_lr() -> None:
 
 
 def test_a_recipes_warmup_of_many_epochs_goes_with_its_length_and_ones_own_is_kept() -> None:
-    chosen, sources = resolve(Pretrain, recipe="paper/pretrain-vit-b", flags={"steps": "50"})
+    chosen, sources = resolve(Pretrain, recipe="paper/pretrain-vit-b16", flags={"steps": "50"})
     assert (chosen.epochs, chosen.warmup_epochs, sources["warmup_epochs"]) == (None, None, "flag")
     assert (schedule(chosen, 100, 256).total, schedule(chosen, 100, 256).warmup) == (50, 2)
-    both, _ = resolve(Pretrain, recipe="paper/pretrain-vit-b", flags={"steps": "50", "warmup_epochs": "0.1"})
+    both, _ = resolve(Pretrain, recipe="paper/pretrain-vit-b16", flags={"steps": "50", "warmup_epochs": "0.1"})
     assert schedule(both, 100, 256).warmup == 10
     with pytest.raises(MaekitError, match="warm-up longer than the schedule"):
         schedule(Loop(steps=50, warmup_epochs=40, base_lr=1e-3), 100, 256)

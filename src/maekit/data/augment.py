@@ -6,6 +6,7 @@ type at ``size``. Views draw from the global random generators, which the loader
 depend on worker, rank or call order. Normalisation happens later, on the device (`maekit.data.loader`).
 """
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,35 @@ def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]
     )
 
 
+def clamped_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
+    """Cut a random box of about `scale` of the area out and resize it to `size`, as the official linear probe does.
+
+    In the manner of BYOL (arXiv 2006.07733, appendix B; official util/crop.py): area and log-uniform aspect are drawn
+    once, a box longer than the image is cut to its side where `random_crop` would draw again, and it may lie anywhere.
+    So long images are seen in wider boxes. A scale of (1, 1) means the whole image, as `eval_view` shows it.
+    """
+    if scale == (1.0, 1.0):
+        return eval_view(image, size)
+    top, left, tall, wide = clamped_box(image.shape[-2], image.shape[-1], scale)
+    return F.resized_crop(
+        image, top, left, tall, wide, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+
+
+def clamped_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width of a box for `clamped_crop`, in pixels."""
+    area = height * width * _uniform(*scale)
+    aspect = math.exp(_uniform(*map(math.log, ASPECT)))
+    tall = min(height, max(1, round(math.sqrt(area / aspect))))
+    wide = min(width, max(1, round(math.sqrt(area * aspect))))
+    top, left = (int(torch.randint(0, room + 1, ())) for room in (height - tall, width - wide))
+    return top, left, tall, wide
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), dtype=torch.double))
+
+
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """Keep at least one bit: timm asks for none at full magnitude, which Pillow 13 refuses (before: a black image)."""
     return posterize(image, max(1, bits_to_keep))
@@ -94,6 +124,20 @@ class PretrainView:
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
         image = random_crop(image, self.size, self.scale)
+        return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
+
+
+@dataclass(frozen=True)
+class ProbeView:
+    """Clamped random crop and mirror (paper table 10; scale .08 to 1, bicubic: official main_linprobe.py)."""
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return (C, *size)."""
+        image = clamped_crop(image, self.size, self.scale)
         return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
 
 

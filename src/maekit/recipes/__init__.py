@@ -1,7 +1,7 @@
-"""Named runs. A recipe is a function that returns the settings it decides; all others keep their defaults.
+"""Named runs. A recipe is a function that returns the settings it decides, each with its source.
 
-Its docstring is what ``maekit recipes`` shows: one line of purpose, then the labelled lines Source, Cost and Expect.
-A figure that nobody measured with this package says so.
+All other settings keep their defaults. The function's docstring is what ``maekit recipes`` shows: one line of purpose,
+then the labelled lines Source, Cost and Expect. A figure that nobody measured with this package says so.
 """
 
 import difflib
@@ -9,32 +9,37 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from maekit.errors import MaekitError, clean
 from maekit.recipes import builtin, paper, small
-from maekit.settings import Settings
+from maekit.recipes.cited import Recipe
 
-RECIPES: dict[str, Callable[[], Settings]] = {
+RECIPES: dict[str, Callable[[], Recipe[Any]]] = {
     "builtin/pretrain-fashion": builtin.pretrain_fashion,
     "builtin/finetune-fashion": builtin.finetune_fashion,
     "small/pretrain-32": small.pretrain_32,
     "small/finetune-32": small.finetune_32,
-    "paper/pretrain-vit-ti": paper.pretrain_vit_ti,
-    "paper/pretrain-vit-s": paper.pretrain_vit_s,
-    "paper/pretrain-vit-b": paper.pretrain_vit_b,
-    "paper/pretrain-vit-l": paper.pretrain_vit_l,
-    "paper/pretrain-vit-h": paper.pretrain_vit_h,
-    "paper/pretrain-vit-h448": paper.pretrain_vit_h448,
-    "paper/finetune-vit-b": paper.finetune_vit_b,
-    "paper/finetune-vit-l": paper.finetune_vit_l,
-    "paper/finetune-vit-h": paper.finetune_vit_h,
-    "paper/finetune-vit-h448": paper.finetune_vit_h448,
-    "paper/finetune-t9-vit-b": paper.finetune_t9_vit_b,
-    "paper/finetune-t9-vit-l": paper.finetune_t9_vit_l,
-    "paper/finetune-t9-vit-h": paper.finetune_t9_vit_h,
-    "paper/scratch-vit-b": paper.scratch_vit_b,
-    "paper/scratch-vit-l": paper.scratch_vit_l,
-    "paper/scratch-vit-h": paper.scratch_vit_h,
+    "paper/pretrain-vit-ti16": paper.pretrain_vit_ti16,
+    "paper/pretrain-vit-s16": paper.pretrain_vit_s16,
+    "paper/pretrain-vit-b16": paper.pretrain_vit_b16,
+    "paper/pretrain-vit-l16": paper.pretrain_vit_l16,
+    "paper/pretrain-vit-h14": paper.pretrain_vit_h14,
+    "paper/pretrain-vit-h14-448": paper.pretrain_vit_h14_448,
+    "paper/finetune-vit-b16-repo": paper.finetune_vit_b16_repo,
+    "paper/finetune-vit-l16-repo": paper.finetune_vit_l16_repo,
+    "paper/finetune-vit-h14-repo": paper.finetune_vit_h14_repo,
+    "paper/finetune-vit-h14-448-repo": paper.finetune_vit_h14_448_repo,
+    "paper/finetune-vit-b16-paper": paper.finetune_vit_b16_paper,
+    "paper/finetune-vit-l16-paper": paper.finetune_vit_l16_paper,
+    "paper/finetune-vit-h14-paper": paper.finetune_vit_h14_paper,
+    "paper/finetune-vit-h14-448-paper": paper.finetune_vit_h14_448_paper,
+    "paper/probe-vit-b16": paper.probe_vit_b16,
+    "paper/probe-vit-l16": paper.probe_vit_l16,
+    "paper/probe-vit-h14": paper.probe_vit_h14,
+    "paper/scratch-vit-b16": paper.scratch_vit_b16,
+    "paper/scratch-vit-l16": paper.scratch_vit_l16,
+    "paper/scratch-vit-h14": paper.scratch_vit_h14,
 }
 
 
@@ -50,30 +55,38 @@ class Entry:
     expect: str
 
 
-def find(name: str) -> Callable[[], Settings]:
-    """Return the recipe of that name.
+def find(word: str) -> tuple[str, Recipe[Any]]:
+    """Return name and content of the recipe that `word` names, with its group or without where one only has the name.
 
     Raises:
         MaekitError: E-CONFIG-RECIPE, with the nearest name.
     """
-    if name in RECIPES:
-        return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
-    raise MaekitError("E-CONFIG-RECIPE", f"unknown recipe {clean(name, 60)!r}{guess}", hint="maekit recipes")
+    named = [name for name in RECIPES if word in (name, name.partition("/")[2])]
+    if len(named) == 1:
+        return named[0], RECIPES[named[0]]()
+    raise MaekitError("E-CONFIG-RECIPE", f"unknown recipe {clean(word, 60)!r}{nearest(word)}", hint="maekit recipes")
+
+
+def nearest(word: str) -> str:
+    """Return `` (did you mean 'x'?)`` for a name that no recipe has, or an empty string where none is near."""
+    names = {name.partition("/")[2]: name for name in RECIPES} | {name: name for name in RECIPES}
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 def describe() -> list[Entry]:
     """Return one entry for each recipe, in the order of `RECIPES`."""
-    return [_entry(name, recipe) for name, recipe in RECIPES.items()]
+    return [entry(name) for name in RECIPES]
 
 
-def _entry(name: str, recipe: Callable[[], Settings]) -> Entry:
+def entry(name: str) -> Entry:
+    """Return what the docstring of the recipe of this full name says."""
+    recipe = RECIPES[name]
     text = inspect.getdoc(recipe) or ""
     labelled = {
         label: " ".join(part.split())
         for label, part in re.findall(r"^(Source|Cost|Expect): (.*?)(?=^\w+: |\Z)", text, re.MULTILINE | re.DOTALL)
     }
     purpose = text.partition("\n")[0].rstrip(".")
-    verb = type(recipe()).__name__.lower()
+    verb = type(recipe().settings).__name__.lower()
     return Entry(name, verb, purpose, labelled["Source"], labelled["Cost"], labelled["Expect"])

@@ -1,19 +1,20 @@
 """Runs on the images that come with the package (``builtin:fashion``): minutes on two CPU cores."""
 
+from maekit.recipes.cited import Recipe, ours, recipe
 from maekit.settings import Finetune, Pretrain
 
 DATA = "builtin:fashion"
 MODEL = "vit_tiny_patch16_224"
 
 
-def pretrain_fashion() -> Pretrain:
+def pretrain_fashion() -> Recipe[Pretrain]:
     """Built-in clothes (28 px, grey): an encoder 96 wide with 4 blocks on 16 patches.
 
     Source: our own; plain pixels, since normalised ones suffer from this set's empty patches.
     Cost: about 2 minutes on 2 CPU cores.
     Expect: kNN 0.756, linear probe 0.805 with all labels; a random encoder 0.681 and 0.746 (docs/experiments.md).
     """
-    return Pretrain(
+    values = ours(
         data=DATA,
         model=MODEL,
         img_size=(28, 28),
@@ -32,16 +33,17 @@ def pretrain_fashion() -> Pretrain:
         base_lr=2e-3,
         crop_scale=(0.5, 1.0),
     )
+    return recipe(Pretrain, values)
 
 
-def finetune_fashion() -> Finetune:
+def finetune_fashion() -> Recipe[Finetune]:
     """Built-in clothes with 10 labels a class, from builtin/pretrain-fashion.
 
     Source: our own; few labels ask for many passes and mild augmentation.
     Cost: less than a minute on 2 CPU cores.
     Expect: 0.661 +- 0.019 from MAE, 0.598 +- 0.007 from scratch, three seeds (docs/experiments.md).
     """
-    return Finetune(
+    values = ours(
         data=DATA,
         labels="10/class",
         model=MODEL,
@@ -64,3 +66,4 @@ def finetune_fashion() -> Finetune:
         crop_pct=1.0,
         label_smoothing=0.1,
     )
+    return recipe(Finetune, values)

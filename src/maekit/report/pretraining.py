@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maekit import __version__
-from maekit.config import load_yaml
+from maekit.config import Deviation, load_yaml
 from maekit.model.mae import MaskedAutoencoder
 from maekit.report.grids import write_png
 from maekit.report.page import Cell, Figure, Section, Table, write_report
@@ -81,6 +81,8 @@ def what_was_run(config: Mapping[str, Any], model: MaskedAutoencoder, metrics: S
     losses = [record["loss"] for record in metrics if "loss" in record]
     images = f"{int(resolved['images']):,} images" if resolved.get("images") else None
     facts: dict[str, Cell] = {
+        "Recipe": config.get("recipe"),
+        "Deviations from it": "; ".join(str(Deviation(**each)) for each in resolved.get("deviations") or []),
         "Images": " · ".join(filter(None, [config.get("data"), images])),
         **_shape(model, str(config.get("model"))),
         "Masked": f"{100 * float(config.get('mask_ratio', 'nan')):.4g} % of patches",

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maekit.data.augment import FinetuneView
+from maekit.data.augment import ProbeView
 from maekit.data.loader import Batch
 from maekit.errors import MaekitError
 from maekit.interchange.weights import metadata
@@ -22,7 +22,7 @@ from maekit.settings import Loop, Probe
 from maekit.tasks import Result
 from maekit.tasks.features import Features, extract_both, labelled_splits, load_encoder
 from maekit.tasks.finetune import scorer
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, stopped, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, stopped, typed
 from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, train_loader
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
@@ -31,6 +31,8 @@ from maekit.train.schedule import schedule
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths among which a fifth of the training labels decides."""
+PER_PASS = 512
+"""Images in one pass of the lars protocol: batch norm is over as many as on each GPU of official main_linprobe.py."""
 
 
 def probe(settings: Probe | dict[str, Any]) -> Result:
@@ -52,7 +54,8 @@ def probe(settings: Probe | dict[str, Any]) -> Result:
 
 
 def _only_for_lars(settings: Probe) -> None:
-    given = [name for name in ("epochs", "batch_size", "base_lr") if getattr(settings, name) is not None]
+    fields = type(settings).model_fields
+    given = [name for name in settings.only_for_lars if getattr(settings, name) != fields[name].default]
     if given:
         raise MaekitError(
             "E-CONFIG-BOTH",
@@ -71,7 +74,13 @@ def _logistic(settings: Probe, run: Run | None, here: World) -> Result:
     metrics = {"run": str(settings.run), "top1": top1, "protocol": "logistic", "strength": strength}
     metrics |= {"train_images": len(train), "val_images": len(val)}
     if run is not None and here.is_main:
-        found = Resolved(images=len(train), fingerprint=train.fingerprint(), classes=train.classes, model=model.spec)
+        found = Resolved(
+            images=len(train),
+            fingerprint=train.fingerprint(),
+            classes=train.classes,
+            model=model.spec,
+            deviations=deviating(settings),
+        )
         describe(run, settings, found)
         finish(run, metrics)
     return Result(
@@ -128,27 +137,36 @@ class Probed(nn.Module):
         return self.head(self.model.features(images, pool=self.pool))
 
 
+def _loop(settings: Probe) -> Loop:
+    """Return what the lars protocol trains with: table 10 where nothing else is said."""
+    epochs = settings.epochs or 90
+    return Loop(
+        epochs=epochs,
+        batch_size=settings.batch_size or 1024,
+        micro_batch=settings.micro_batch,
+        base_lr=settings.base_lr or 0.1,
+        warmup_epochs=min(10, epochs / 9) if settings.warmup_epochs is None else settings.warmup_epochs,
+        weight_decay=settings.weight_decay or 0.0,
+        drop_last=True,
+    )
+
+
 def _lars(settings: Probe, run: Run, here: World) -> Result:
-    """Train the head on the one loop as in the paper: LARS, no decay, 10 epochs of warm-up, crops and flips."""
+    """Train the head on the one loop as in the paper (table 10): LARS, no decay, warm-up, crops and flips."""
     train, val = labelled_splits(settings)
     model = load_encoder(settings, here)
     pool = settings.pool or ("cls" if model.encoder.has_class_token else "mean")
-    epochs = settings.epochs or 90
-    loop = Loop(
-        epochs=epochs,
-        batch_size=settings.batch_size or 1024,
-        base_lr=settings.base_lr or 0.1,
-        warmup_epochs=min(10, epochs / 9),
-        weight_decay=0,
-        drop_last=True,
-    )
+    loop = _loop(settings)
     channels_of(train, len(model.mean))
     statistics = (model.mean, model.std)
-    resolved = prepare(run, settings, loop, train, here, model, statistics=statistics, classes=train.classes)
+    resolved = prepare(
+        run, settings, loop, train, here, model, statistics=statistics, classes=train.classes, per_pass=PER_PASS
+    )
     seed_all(settings.seed)
     probed = Probed(model, len(train.classes or []), pool).to(here.device).train()
+    view = ProbeView(model.img_size, settings.crop_scale or (0.08, 1.0), settings.flip is not False)
     loader = train_loader(
-        train, FinetuneView(model.img_size), loop, resolved, here, run,
+        train, view, loop, resolved, here, run,
         size=model.img_size, seed=settings.seed, workers=settings.workers,
     )  # fmt: skip
     plan = Plan(
@@ -162,7 +180,7 @@ def _lars(settings: Probe, run: Run, here: World) -> Result:
     def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(module(batch["images"]), batch["labels"])}
 
-    optimizer = lars(probed.head, lr=plan.schedule.peak)
+    optimizer = lars(probed.head, lr=plan.schedule.peak, weight_decay=loop.weight_decay)
     evaluate = scorer(
         val, model.img_size, model.mean, model.std, here, workers=settings.workers, precision=resolved.precision
     )

@@ -141,7 +141,7 @@ def _recipe(settings: Quickstart, data: str, train: Source, run: Path, device: t
         and settings.minutes == Quickstart.model_fields["minutes"].default
         and settings.img_size is None
     ):
-        recipe = pretrain_fashion().model_copy(
+        recipe = pretrain_fashion().settings.model_copy(
             update=given | {"workers": 1 if settings.workers == "auto" else settings.workers}
         )
         why = "builtin/pretrain-fashion"
@@ -275,7 +275,7 @@ def _few_labels(
     arms: dict[str, list[float]] = {"from MAE": [], "from scratch": []}
     for seed in SEEDS:
         labelled = train.subset(label_subset(train, spec, seed))
-        recipe = finetune_fashion()
+        recipe = finetune_fashion().settings
         update: dict[str, Any] = {
             "data": data,
             "run": out / "pretrain",

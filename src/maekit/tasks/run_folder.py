@@ -15,13 +15,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from maekit.config import dump_yaml, load_yaml, resolve
+from maekit.config import deviations, dump_yaml, load_yaml, resolve
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
 from maekit.settings import Loop, Place, Settings
@@ -45,6 +45,7 @@ class Resolved(BaseModel):
         std: of each channel.
         classes: names in the order of the outputs.
         model: arguments of `create_model`, whatever they came from.
+        deviations: from the recipe that was named, as `maekit.config.Deviation` has them.
     """
 
     images: int
@@ -55,6 +56,7 @@ class Resolved(BaseModel):
     std: tuple[float, ...] = ()
     classes: list[str] | None = None
     model: dict[str, Any] = {}
+    deviations: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,14 @@ def describe(run: Run, settings: Settings, resolved: Resolved) -> None:
     of_a_launch = dict.fromkeys({"stop_at", "resume"} & type(settings).model_fields.keys())
     lasting = settings.model_copy(update=of_a_launch)
     write_whole(run.path / "config.yaml", dump_yaml(lasting, resolved.model_dump(mode="json")).encode())
+
+
+def deviating(settings: Settings) -> list[dict[str, Any]]:
+    """Log a line for each setting that deviates from the recipe that was named; return them for config.yaml."""
+    found = deviations(settings.recipe, settings) if settings.recipe else []
+    for deviation in found:
+        log.info("deviates from %s: %s", settings.recipe, deviation)
+    return [asdict(deviation) for deviation in found]
 
 
 def same_data(run: Run, images: int, fingerprint: str) -> None:

@@ -19,7 +19,7 @@ from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
 from maekit.settings import Loop, Settings
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Resolved, Run, describe, same_data
+from maekit.tasks.run_folder import Resolved, Run, describe, deviating, same_data
 from maekit.train.device import World, check_compiler, launch, resolve_precision
 from maekit.train.schedule import schedule
 
@@ -52,6 +52,7 @@ def prepare(
     *,
     statistics: Statistics | None = None,
     classes: list[str] | None = None,
+    per_pass: int | None = None,
 ) -> Resolved:
     """Decide once what must stay, write config.yaml; on a later launch return what stands there.
 
@@ -62,6 +63,7 @@ def prepare(
         loop: batch sizes and precision.
         model: its size decides where settings say auto; it is given the statistics of the images.
         statistics: mean and std to use in place of measured ones.
+        per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
 
     Raises:
         MaekitError: E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION,
@@ -74,8 +76,9 @@ def prepare(
         check_compiler(world.device)
     if run.resolved is not None:
         model.set_statistics(run.resolved.mean, run.resolved.std)
-        return _again(run.resolved, loop, batch, world, model.num_patches)
-    parts = micro_batch(loop, batch, world.size, model.num_patches)
+        return _again(run.resolved, loop, batch, world)
+    per_pass = per_pass or max(1, PATCHES_PER_PASS // model.num_patches)
+    parts = micro_batch(loop, batch, world.size, per_pass)
     in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
@@ -91,6 +94,7 @@ def prepare(
         std=std,
         classes=classes,
         model=model.spec,
+        deviations=deviating(settings),
     )
     if len(source) < loop.batch_size:
         log.warning(
@@ -104,11 +108,11 @@ def prepare(
     return resolved
 
 
-def _again(resolved: Resolved, loop: Loop, batch: int, world: World, num_patches: int) -> Resolved:
+def _again(resolved: Resolved, loop: Loop, batch: int, world: World) -> Resolved:
     """Return what was decided, with another ``micro_batch`` where one is asked for: the samples stay the same."""
     if loop.micro_batch in ("auto", resolved.micro_batch):
         return resolved
-    parts = micro_batch(loop, batch, world.size, num_patches)
+    parts = micro_batch(loop, batch, world.size, resolved.micro_batch)
     log.warning("not bit-exact: micro_batch %d -> %d", resolved.micro_batch, parts)
     return resolved.model_copy(update={"micro_batch": parts})
 
@@ -145,8 +149,8 @@ def train_loader(
     )
 
 
-def micro_batch(settings: Loop, batch: int, processes: int, num_patches: int) -> int:
-    """Return images per process and pass.
+def micro_batch(settings: Loop, batch: int, processes: int, per_pass: int) -> int:
+    """Return images per process and pass: at most `per_pass` where the setting says auto.
 
     Raises:
         MaekitError: E-CONFIG-BATCH if the batch is smaller than the number of processes or not divisible.
@@ -160,7 +164,7 @@ def micro_batch(settings: Loop, batch: int, processes: int, num_patches: int) ->
         )
     mine = math.ceil(batch / processes)
     if settings.micro_batch == "auto":
-        passes = math.ceil(mine / max(1, PATCHES_PER_PASS // num_patches))
+        passes = math.ceil(mine / per_pass)
         return math.ceil(mine / passes)
     if batch == settings.batch_size and batch % (settings.micro_batch * processes):
         raise MaekitError(

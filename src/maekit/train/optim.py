@@ -55,17 +55,18 @@ def adamw(groups: Groups, *, betas: tuple[float, float], lr: float) -> torch.opt
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def lars(head: nn.Module, *, lr: float) -> torch.optim.Optimizer:
-    """Build LARS for the linear probe: momentum .9, trust .001, no weight decay (official linear probing).
+def lars(head: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """Build LARS for the linear probe: momentum .9, trust .001 (paper table 10, official util/lars.py).
 
-    Only the weight matrix is adapted; `always_adapt` since timm otherwise skips the trust ratio without decay.
+    Only the weight matrix is adapted and decays (table 10: not at all); `always_adapt` since timm otherwise skips the
+    trust ratio without decay.
     """
     weights = [p for p in head.parameters() if p.requires_grad and p.ndim > 1]
     biases = [p for p in head.parameters() if p.requires_grad and p.ndim <= 1]
     groups: Groups = [
-        {"params": weights, "always_adapt": True, "lr_scale": 1.0},
-        {"params": biases, "always_adapt": False, "lr_scale": 1.0},
+        {"params": weights, "always_adapt": True, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": biases, "always_adapt": False, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    for group in groups:  # timm's signature takes only whole numbers for these two
-        group |= {"momentum": 0.9, "weight_decay": 0.0}
+    for group in groups:  # timm's signature takes only whole numbers for it
+        group["momentum"] = 0.9
     return Lars(groups, lr=lr, trust_coeff=0.001)
