@@ -42,7 +42,6 @@ FACTS = "maekit.json"
 
 Model = TypeVar("Model", MaskedAutoencoder, VisionTransformer)
 Runner = Callable[..., list[Tensor]]
-Shape = list[int | str]
 Size = tuple[int, int]
 
 
@@ -61,6 +60,16 @@ class Exported(NamedTuple):
     inputs: dict[str, str]
     outputs: dict[str, str]
     differences: dict[str, float]
+
+
+class _Port(NamedTuple):
+    """Shape and type of an input or output; sides left open have names."""
+
+    shape: list[int | str]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.shape))}) {self.dtype}"
 
 
 class _Plan(NamedTuple):
@@ -95,35 +104,28 @@ def export_onnx(
     Images are normalised already, with the mean and std that ``metadata_props`` name.
 
     The file is made in a hidden folder beside its place and moved once it is whole and proved. Weights of more than
-    2 GB cannot lie in it (protobuf): they go to ``path`` + ".data", which must travel with it. Then two files move: a
-    file of that name is deleted first, the weights are moved, and ``path`` comes last; so wherever this stops, there
-    is no ``path``, or a whole one, never one beside another's weights.
+    2 GB cannot lie in it (protobuf): they go to ``path`` + ".data", which must travel with it and is moved first.
 
     Args:
         model: in any mode, precision and device; stays as it is.
-        path: of the file; one that is there is replaced.
+        path: of the file; nothing that exists is replaced.
         what: "encoder" | "autoencoder"; a VisionTransformer, from ``load_classifier``, is always a classifier.
-        pool: "mean" | "cls" | "tokens", as `MaskedAutoencoder.features`; a classifier has its own.
+        pool: of an encoder: "mean" | "cls" | "tokens", as `MaskedAutoencoder.features`; a classifier has its own.
         dynamic_size: take images of any multiple of the patch side, at least two patches each way; positions are
             resampled inside the graph as `resample_positions` does (bicubic, cubic_coeff_a -0.75, half_pixel).
-        mask_ratio: of the autoencoder, fixed in the file.
+        mask_ratio: of an autoencoder, fixed in the file.
         spec: of the autoencoder that a classifier came from.
         classes: names of a classifier's outputs.
 
     Raises:
         MaekitError: E-ENV-IMPORT without the packages of ``maekit[export]``; E-CONFIG-EXPORT for what cannot be
             exported; E-CONFIG-POOL, E-CONFIG-MASK; E-CKPT-PARITY if the file gives other numbers than the model: by
-            more than 1e-4, relative to max(1, largest absolute value of the output); E-ENV-DISK, E-ENV-OUT. After any
-            of them nothing new is on the disk.
+            more than 1e-4, relative to max(1, largest absolute value of the output); E-ENV-OUT, E-ENV-DISK. After any
+            of them no new file is on the disk.
     """
     _require_onnx()
     plan = _plan(model, what, pool, dynamic_size, mask_ratio, spec, classes)
-    program = _record(plan)
-
-    def write(file: Path) -> None:
-        _save_onnx(program, plan, file)
-
-    return _write(plan, program, Path(path), write, _onnx_runner)
+    return _export(plan, Path(path), _save_onnx, _onnx_runner)
 
 
 def export_pt2(
@@ -146,12 +148,7 @@ def export_pt2(
         MaekitError: as `export_onnx`, without E-ENV-IMPORT.
     """
     plan = _plan(model, what, pool, dynamic_size, mask_ratio, spec, classes)
-    program = _record(plan)
-
-    def write(file: Path) -> None:
-        torch.export.save(program, file, extra_files={FACTS: json.dumps(plan.facts)})
-
-    return _write(plan, program, Path(path), write, _pt2_runner)
+    return _export(plan, Path(path), _save_pt2, _pt2_runner)
 
 
 class _Features(nn.Module):
@@ -217,57 +214,65 @@ def _plan(
     spec: dict[str, Any] | None,
     classes: Sequence[str] | None,
 ) -> _Plan:
-    kind = "classifier" if isinstance(model, VisionTransformer) else what
-    _check(model, what, dynamic_size, spec)
-    facts: dict[str, Any] = {}
+    _check(model, what, dynamic_size, spec, classes)
     model = _ready(model)
+    inputs, outputs = ("images",), ("features",)
     if isinstance(model, VisionTransformer):
-        encoder, graph, outputs = model, _Features(model, None), ("logits",)
+        what, outputs, encoder, graph = "classifier", ("logits",), model, _Features(model, None)
         facts = {"pool": "mean" if model.global_pool == "avg" else "cls", "classes": list(classes or [])}
     elif what == "encoder":
         check_pool(model.encoder, pool, also=("tokens",))
-        encoder, graph, outputs, facts = model.encoder, _Features(model.encoder, pool), ("features",), {"pool": pool}
+        encoder, graph, facts = model.encoder, _Features(model.encoder, pool), {"pool": pool}
     else:
-        len_keep(model.num_patches, mask_ratio)  # refuses what cannot be
+        keep = len_keep(model.num_patches, mask_ratio)  # refuses what cannot be
+        inputs, outputs = ("images", "noise"), ("loss", "pred", "mask", "ids_restore", "latent")
         encoder, graph = model.encoder, _Autoencoder(model, mask_ratio)
-        outputs, facts = ("loss", "pred", "mask", "ids_restore", "latent"), {"mask_ratio": mask_ratio}
-    spec = spec or (model.spec if isinstance(model, MaskedAutoencoder) else {})
-    embed = encoder.patch_embed
-    assert embed.grid_size is not None
-    grid, patch = (embed.grid_size[0], embed.grid_size[1]), embed.patch_size[0]
-    embed.strict_img_size = not dynamic_size
+        noise = f"float32 (batch, patches), uniform in 0..1: in each row the {keep} lowest stay"
+        facts = {"mask_ratio": mask_ratio, "noise": noise}
+    spec = model.spec if isinstance(model, MaskedAutoencoder) else spec
+    assert spec is not None and encoder.patch_embed.grid_size is not None
+    grid, patch = (
+        (encoder.patch_embed.grid_size[0], encoder.patch_embed.grid_size[1]),
+        encoder.patch_embed.patch_size[0],
+    )
+    encoder.patch_embed.strict_img_size = not dynamic_size
     return _Plan(
         graph=_AnySize(graph, patch, grid) if dynamic_size and isinstance(graph, _Features) else graph,
         model=graph,
-        inputs=("images", "noise") if kind == "autoencoder" else ("images",),
+        inputs=inputs,
         outputs=outputs,
         channels=encoder.in_chans,
         patch=patch,
         grid=grid,
         dynamic_size=dynamic_size,
-        facts=_facts(kind, spec, facts),
+        facts=_facts(spec, what=what, patch=patch, **facts),
     )
 
 
 def _check(
-    model: MaskedAutoencoder | VisionTransformer, what: str, dynamic_size: bool, spec: dict[str, Any] | None
+    model: MaskedAutoencoder | VisionTransformer,
+    what: str,
+    dynamic_size: bool,
+    spec: dict[str, Any] | None,
+    classes: Sequence[str] | None,
 ) -> None:
-    def refuse(found: str, expected: str, hint: str | None = None) -> MaekitError:
-        return MaekitError("E-CONFIG-EXPORT", "export", found=found, expected=expected, hint=hint)
-
+    is_classifier = isinstance(model, VisionTransformer)
+    hint: str | None = None
     if what not in ("encoder", "autoencoder"):
-        raise refuse(what, "encoder | autoencoder")
-    if what == "autoencoder":
-        if isinstance(model, VisionTransformer):
-            raise refuse("a fine-tuned classifier as autoencoder", "a masked autoencoder, with its decoder")
-        if dynamic_size:
-            raise refuse(
-                "an autoencoder of any image size",
-                "one size: masking, noise and the decoder's positions are those of its patches",
-                "the encoder with any size, or the autoencoder with its own",
-            )
-    elif isinstance(model, VisionTransformer) and (spec is None or model.num_classes < 1):
-        raise refuse("a VisionTransformer without spec or without head", "what load_classifier returns: model and spec")
+        found, expected = what, "encoder | autoencoder"
+    elif what == "autoencoder" and is_classifier:
+        found, expected = "a fine-tuned classifier as autoencoder", "a masked autoencoder, with its decoder"
+    elif what == "autoencoder" and dynamic_size:
+        found = "an autoencoder of any image size"
+        expected = "one size: masking, noise and the decoder's positions are those of its patches"
+        hint = "the encoder with any size, or the autoencoder with its own"
+    elif is_classifier and (spec is None or model.num_classes < 1):
+        found, expected = "a VisionTransformer without spec or head", "what load_classifier returns: model and spec"
+    elif is_classifier and classes and len(classes) != model.num_classes:
+        found, expected = f"{len(classes)} classes", f"{model.num_classes}, one for each output"
+    else:
+        return
+    raise MaekitError("E-CONFIG-EXPORT", "export", found=found, expected=expected, hint=hint)
 
 
 def _ready(model: Model) -> Model:
@@ -280,11 +285,10 @@ def _ready(model: Model) -> Model:
     return ready
 
 
-def _facts(kind: str, spec: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
+def _facts(spec: dict[str, Any], **more: Any) -> dict[str, str]:
     """Return what the file says about itself; text as it is, everything else as JSON."""
     facts = {
         "version": __version__,
-        "what": kind,
         "images": "float32 (batch, channels, height, width); value / 255 (uint8), then (value - mean) / std",
         "mean": list(spec["mean"]),
         "std": list(spec["std"]),
@@ -331,6 +335,10 @@ def _example(plan: _Plan, size: Size, batch: int) -> tuple[Tensor, ...]:
     return images, torch.randint(0, num_patches, (batch, num_patches), generator=generator) / num_patches
 
 
+def _save_pt2(program: ExportedProgram, plan: _Plan, file: Path) -> None:
+    torch.export.save(program, file, extra_files={FACTS: json.dumps(plan.facts)})
+
+
 def _save_onnx(program: ExportedProgram, plan: _Plan, file: Path) -> None:
     import onnx_ir as ir
 
@@ -345,11 +353,9 @@ def _save_onnx(program: ExportedProgram, plan: _Plan, file: Path) -> None:
     )
     assert translated is not None
     model = translated.model
-    inputs, outputs = _shapes(program)
-    for value, shape in zip(model.graph.inputs, inputs, strict=True):
-        value.shape = ir.Shape(shape)
-    for value, shape in zip(model.graph.outputs, outputs, strict=True):
-        value.shape = ir.Shape(shape)
+    ports = [port for side in _ports(plan, program) for port in side.values()]
+    for value, port in zip([*model.graph.inputs, *model.graph.outputs], ports, strict=True):
+        value.shape = ir.Shape(port.shape)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # traces of the export
     model.metadata_props.clear()
@@ -371,35 +377,23 @@ def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bo
     return opset18.TopK(values, count, axis=1, largest=0, sorted=1)
 
 
-def _shapes(program: ExportedProgram) -> tuple[list[Shape], list[Shape]]:
-    """Return the shapes of inputs and outputs with names in place of torch's symbols."""
-    inputs, outputs = _values(program)
-    names = {str(side): name for side, name in zip(inputs[0].shape, ("batch", "", "height", "width"), strict=True)}
+def _ports(plan: _Plan, program: ExportedProgram) -> tuple[dict[str, _Port], dict[str, _Port]]:
+    """Return inputs and outputs as the record has them, with names in place of torch's symbols."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs, outputs = (
+        [values[str(name)] for name in names]
+        for names in (program.graph_signature.user_inputs, program.graph_signature.user_outputs)
+    )
+    sides = {str(side): name for side, name in zip(inputs[0].shape, ("batch", "", "height", "width"), strict=True)}
 
-    def named(value: Tensor) -> Shape:
-        return [side if isinstance(side, int) else names.get(str(side), "tokens") for side in value.shape]
+    def port(value: Tensor) -> _Port:
+        shape = [side if isinstance(side, int) else sides.get(str(side), "tokens") for side in value.shape]
+        return _Port(shape, str(value.dtype).removeprefix("torch."))
 
-    return [named(value) for value in inputs], [named(value) for value in outputs]
-
-
-def _texts(plan: _Plan, program: ExportedProgram) -> tuple[dict[str, str], dict[str, str]]:
-    """Return name -> "(batch, 3, 224, 224) float32" of inputs and outputs."""
-
-    def texts(names: Sequence[str], values: list[Tensor], shapes: list[Shape]) -> dict[str, str]:
-        types = [str(value.dtype).removeprefix("torch.") for value in values]
-        return {
-            name: f"({', '.join(map(str, shape))}) {dtype}"
-            for name, shape, dtype in zip(names, shapes, types, strict=True)
-        }
-
-    (inputs, outputs), (input_shapes, output_shapes) = _values(program), _shapes(program)
-    return texts(plan.inputs, inputs, input_shapes), texts(plan.outputs, outputs, output_shapes)
-
-
-def _values(program: ExportedProgram) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors without memory that stand for inputs and outputs in the record."""
-    signature, values = program.graph_signature, {node.name: node.meta.get("val") for node in program.graph.nodes}
-    return [values[str(name)] for name in signature.user_inputs], [values[str(name)] for name in signature.user_outputs]
+    return (
+        {name: port(value) for name, value in zip(plan.inputs, inputs, strict=True)},
+        {name: port(value) for name, value in zip(plan.outputs, outputs, strict=True)},
+    )
 
 
 def _onnx_runner(file: Path) -> Runner:
@@ -459,26 +453,41 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def _write(
-    plan: _Plan, program: ExportedProgram, path: Path, save: Callable[[Path], None], open_: Callable[[Path], Runner]
+def _export(
+    plan: _Plan,
+    path: Path,
+    save: Callable[[ExportedProgram, _Plan, Path], None],
+    open_: Callable[[Path], Runner],
 ) -> Exported:
-    """Save into a hidden folder beside the place, prove, then move; whatever fails, the folder goes."""
-    inputs, outputs = _texts(plan, program)
+    """Record, save into a hidden folder beside the place, prove, then move; whatever fails, the folder goes."""
+    for place in (path, _weights_of(path)):
+        if os.path.lexists(place):
+            raise MaekitError("E-ENV-OUT", f"{place}", found="it exists", expected="a new name: nothing is replaced")
+    program = _record(plan)
     with _hidden_folder(path) as folder:
         file = folder / path.name  # under its final name: an ONNX file names the file of its weights
-        save(file)
+        save(program, plan, file)
         differences = _prove(plan, open_(file))
-        if not all(value <= TOLERANCE for value in differences.values()):
+        if max(differences.values()) > TOLERANCE:
+            measured = ", ".join(f"{name} {value:.2g}" for name, value in differences.items())
             raise MaekitError(
                 "E-CKPT-PARITY",
                 f"{path} was not written",
-                found="differences from the torch model of "
-                + ", ".join(f"{k} {v:.2g}" for k, v in differences.items()),
+                found=f"differences from the torch model of {measured}",
                 expected=f"at most {TOLERANCE:g} of max(1, largest absolute value)",
                 hint="the weights for NaN or huge values, or another release of torch and onnxruntime",
             )
-        _move(file, path)
+        for part in (_weights_of(file), file):  # so that there is never a file without its weights
+            if part.exists():
+                with part.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                part.rename(path.with_name(part.name))
+    inputs, outputs = ({name: str(port) for name, port in side.items()} for side in _ports(plan, program))
     return Exported(path, inputs, outputs, differences)
+
+
+def _weights_of(file: Path) -> Path:
+    return file.with_name(file.name + ".data")
 
 
 @contextlib.contextmanager
@@ -492,16 +501,3 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
         raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(file: Path, path: Path) -> None:
-    """Move a file, and its weights if they lie beside it, to its place."""
-    weights, place = (each.with_name(each.name + ".data") for each in (file, path))
-    for each in (weights, file):
-        if each.exists():
-            with each.open("rb+") as opened:
-                os.fsync(opened.fileno())
-    if weights.exists():
-        path.unlink(missing_ok=True)
-        os.replace(weights, place)
-    os.replace(file, path)
