@@ -6,9 +6,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -40,8 +41,8 @@ SIZES: dict[str, Any] = {
     "std": (0.4, 0.5, 0.6),
 }
 WITHOUT_CLASS_TOKEN = "vit_medium_patch16_reg4_gap_256"
-TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
-"""What the issue asks for; 1e-6 was measured here, 3e-6 with ViT-B at 224."""
+TOLERANCE = 1e-4
+"""Largest absolute difference that is promised; 1e-6 was measured, with ViT-B at 224 as well."""
 
 Export = Callable[..., Exported]
 FORMATS = pytest.mark.parametrize(("write", "end"), [(export_onnx, "onnx"), (export_pt2, "pt2")], ids=["onnx", "pt2"])
@@ -56,6 +57,7 @@ def fine_tuned(folder: Path, pool: str) -> Classifier:
     """Return what `load_classifier` finds in a run whose head is not nearly zero."""
     origin = small()
     model = classifier(origin, 3, pool=pool)
+    assert isinstance(model.head, torch.nn.Linear)
     torch.nn.init.normal_(model.head.weight)
     header = metadata(origin, classes=["a", "b", "ü"], pool=pool)
     checkpoint.save(folder / "checkpoints", 1, {"model": model.state_dict()}, {}, metadata=header, keep=1)
@@ -64,6 +66,10 @@ def fine_tuned(folder: Path, pool: str) -> Classifier:
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 def run(file: Path, *inputs: Tensor) -> list[Tensor]:
@@ -83,6 +89,27 @@ def features(model: MaskedAutoencoder, images: Tensor, pool: str) -> Tensor:
         return model.features(images, pool)
 
 
+class Made(NamedTuple):
+    """A file that several tests only read."""
+
+    model: MaskedAutoencoder
+    file: Path
+    written: Exported
+
+
+@pytest.fixture(scope="module")
+def any_size(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    file = tmp_path_factory.mktemp("any_size") / "m.onnx"
+    return Made(small(), file, export_onnx(small(), file, pool="tokens", dynamic_size=True))
+
+
+@pytest.fixture(scope="module", params=[(export_onnx, "onnx"), (export_pt2, "pt2")], ids=["onnx", "pt2"])
+def autoencoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    write, end = request.param
+    file = tmp_path_factory.mktemp("autoencoder") / f"m.{end}"
+    return Made(small(), file, write(small(), file, what="autoencoder", mask_ratio=0.6))
+
+
 # --- the numbers
 
 
@@ -95,7 +122,7 @@ def test_an_encoder_gives_the_models_features_at_batches_that_were_not_recorded(
     written = write(model, file, pool=pool)
     for batch in (1, 5):
         images = draw(batch, 3, 24, 40)
-        torch.testing.assert_close(run(file, images), [features(model, images, pool)], **TOLERANCE)
+        assert_close(run(file, images), [features(model, images, pool)])
     assert written.path == file
     assert written.inputs == {"images": "(batch, 3, 24, 40) float32"}
     shape = "(batch, 16, 32)" if pool == "tokens" else "(batch, 32)"
@@ -121,15 +148,11 @@ def test_an_encoder_of_any_size_equals_the_model_rebuilt_at_that_size(
     for batch, size in ((1, (24, 40)), (2, (16, 16)), (3, (56, 24)), (1, (40, 88))):
         images = draw(batch, channels, *size)
         expected = features(at_size(model, size), images, "tokens")
-        torch.testing.assert_close(run(file, images), [expected], **TOLERANCE)
+        assert_close(run(file, images), [expected])
 
 
-@FORMATS
-def test_an_autoencoder_answers_noise_with_the_same_mask_loss_and_prediction(
-    tmp_path: Path, write: Export, end: str
-) -> None:
-    model, file = small(), tmp_path / f"m.{end}"
-    written = write(model, file, what="autoencoder", mask_ratio=0.6)
+def test_an_autoencoder_answers_noise_with_the_same_mask_loss_and_prediction(autoencoder: Made) -> None:
+    model, file, written = autoencoder
     assert written.inputs == {"images": "(batch, 3, 24, 40) float32", "noise": "(batch, 15) float32"}
     assert list(written.outputs) == ["loss", "pred", "mask", "ids_restore", "latent"]
     assert written.outputs["mask"] == "(batch, 15) bool"
@@ -143,8 +166,7 @@ def test_an_autoencoder_answers_noise_with_the_same_mask_loss_and_prediction(
             loss, pred, mask, ids_restore, latent = run(file, images, noise)
             assert torch.equal(mask, expected.mask)
             assert torch.equal(ids_restore, expected.ids_restore)
-            found, wanted = (loss, pred, latent), (expected.loss, expected.pred, expected.latent)
-            torch.testing.assert_close(found, wanted, **TOLERANCE)
+            assert_close([loss, pred, latent], [expected.loss, expected.pred, expected.latent])
 
 
 @FORMATS
@@ -157,7 +179,7 @@ def test_a_classifier_gives_its_logits_and_names_its_classes(
     assert written.outputs == {"logits": "(batch, 3) float32"}
     images = draw(4, 3, 24, 40)
     with torch.no_grad():
-        torch.testing.assert_close(run(file, images), [found.model(images)], **TOLERANCE)
+        assert_close(run(file, images), [found.model(images)])
     facts = said(file)
     assert facts["maekit.what"] == "classifier"
     assert facts["maekit.pool"] == pool
@@ -180,7 +202,7 @@ def test_a_model_in_training_and_half_precision_is_exported_in_eval_mode_and_flo
     assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
     images = draw(1, 3, 24, 40)
     expected = features(model.float().eval(), images, "mean")
-    torch.testing.assert_close(run(tmp_path / f"m.{end}", images), [expected], **TOLERANCE)
+    assert_close(run(tmp_path / f"m.{end}", images), [expected])
 
 
 # --- the file
@@ -196,38 +218,29 @@ def said(file: Path) -> dict[str, str]:
     return json.loads(extra[export.FACTS])
 
 
-@FORMATS
-def test_a_file_says_how_images_are_prepared_and_which_model_it_is(tmp_path: Path, write: Export, end: str) -> None:
-    file = tmp_path / f"m.{end}"
-    write(small(), file, what="autoencoder")
-    facts = said(file)
+def test_a_file_says_how_images_are_prepared_and_which_model_it_is(autoencoder: Made) -> None:
+    facts = said(autoencoder.file)
     assert facts["maekit.what"] == "autoencoder"
     assert json.loads(facts["maekit.mean"]) == [0.1, 0.2, 0.3]
     assert json.loads(facts["maekit.std"]) == [0.4, 0.5, 0.6]
     assert json.loads(facts["maekit.patch"]) == 8
-    assert json.loads(facts["maekit.mask_ratio"]) == 0.75
-    assert "the 3 lowest stay" in facts["maekit.noise"]
+    assert json.loads(facts["maekit.mask_ratio"]) == 0.6
+    assert "the 6 lowest stay" in facts["maekit.noise"]
     assert create_model(**json.loads(facts["maekit.spec"])).grid == (3, 5)
 
 
-def test_an_onnx_file_is_sound_and_names_what_is_open(tmp_path: Path) -> None:
-    export_onnx(small(), tmp_path / "m.onnx", dynamic_size=True)
-    model = onnx.load(tmp_path / "m.onnx")
+def test_an_onnx_file_is_sound_and_names_what_is_open(any_size: Made) -> None:
+    model = onnx.load(any_size.file)
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", export.OPSET)]
     sides = [side.dim_param or side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]
     assert sides == ["batch", 3, "height", "width"]
 
 
-@FORMATS
-def test_a_file_names_no_place_on_the_machine_that_wrote_it(tmp_path: Path, write: Export, end: str) -> None:
-    import zipfile
-
-    file = tmp_path / f"m.{end}"
-    write(small(), file, what="autoencoder")
-    parts = [file.read_bytes()]
-    if end == "pt2":
-        with zipfile.ZipFile(file) as archive:
+def test_a_file_names_no_place_on_the_machine_that_wrote_it(autoencoder: Made) -> None:
+    parts = [autoencoder.file.read_bytes()]
+    if autoencoder.file.suffix == ".pt2":
+        with zipfile.ZipFile(autoencoder.file) as archive:
             parts += [archive.read(name) for name in archive.namelist()]
     places = {os.getcwd(), tempfile.gettempdir(), str(Path.home()), sys.prefix, str(Path(export.__file__).parent)}
     for word in (*places, "site-packages", ".py"):
@@ -248,7 +261,7 @@ def test_weights_too_large_for_one_file_lie_beside_it_and_travel_with_it(
         (tmp_path / name).rename(elsewhere / name)
     images = draw(3, 3, 24, 40)
     found = run(elsewhere / "m.onnx", images)
-    torch.testing.assert_close(found, [features(model, images, "mean")], **TOLERANCE)
+    assert_close(found, [features(model, images, "mean")])
     (tmp_path / "m.onnx.data").write_text("of another model")
     with pytest.raises(MaekitError, match=r"E-ENV-OUT.*m\.onnx\.data: found it exists"):
         export_onnx(model, tmp_path / "m.onnx")
@@ -279,38 +292,38 @@ assert not {"maekit", "torch", "timm"} & {name for name, module in sys.modules.i
 """
 
 
-def test_someone_with_onnxruntime_and_numpy_alone_gets_the_same_features(tmp_path: Path) -> None:
-    model = small()
-    export_onnx(model, tmp_path / "m.onnx", dynamic_size=True)
+def test_someone_with_onnxruntime_and_numpy_alone_gets_the_same_features(tmp_path: Path, any_size: Made) -> None:
     pixels = torch.randint(0, 256, (3, 3, 48, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    np.save(tmp_path / "pixels.npy", pixels.numpy())
-    words = [
-        sys.executable,
-        "-I",
-        "-c",
-        STRANGER,
-        *(str(tmp_path / name) for name in ("m.onnx", "pixels.npy", "f.npy")),
-    ]
+    pixels_file, features_file = tmp_path / "pixels.npy", tmp_path / "features.npy"
+    np.save(pixels_file, pixels.numpy())
+    words = [sys.executable, "-I", "-c", STRANGER, str(any_size.file), str(pixels_file), str(features_file)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    model = any_size.model
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
-    expected = features(at_size(model, (48, 32)), (pixels.float() / 255 - mean) / std, "mean")
-    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "f.npy")), expected, **TOLERANCE)
+    expected = features(at_size(model, (48, 32)), (pixels.float() / 255 - mean) / std, "tokens")
+    assert_close([torch.from_numpy(np.load(features_file))], [expected])
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_with_what_brings_it(tmp_path: Path, package: str) -> None:
+def test_a_missing_package_is_named_with_what_brings_it(tmp_path: Path) -> None:
     code = (
-        f"import sys; sys.modules[{package!r}] = None\n"
+        "import sys\n"
         "from maekit.errors import MaekitError\n"
         "from maekit.interchange.export import export_onnx\n"
         "from maekit.model.mae import create_model\n"
-        f"try: export_onnx(create_model(**{SIZES!r}), sys.argv[1])\n"
-        "except MaekitError as error: print(error)\n"
+        f"model = create_model(**{SIZES!r})\n"
+        "for name in ('onnxruntime', 'onnxscript', 'onnx'):\n"
+        "    sys.modules[name] = None\n"  # import fails
+        "    try: export_onnx(model, sys.argv[1])\n"
+        "    except MaekitError as error: print(error)\n"
+        "    del sys.modules[name]\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.onnx")], capture_output=True, text=True)
-    assert done.stdout.startswith(f"error[E-ENV-IMPORT]: ONNX export: found no package {package}"), done.stderr
-    assert "maekit[export]" in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line, package in zip(lines, ("onnxruntime", "onnxscript", "onnx"), strict=True):
+        assert line.startswith(f"error[E-ENV-IMPORT]: ONNX export: found no package {package}, expected onnx")
+        assert "maekit[export]" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -357,15 +370,13 @@ def test_a_file_that_gives_other_numbers_than_its_model_is_not_written(
 ) -> None:
     model = small()
     with torch.no_grad():
-        model.encoder.blocks[0].norm1.bias[3] = float("nan")  # equals nothing, itself included
+        model.encoder.norm.get_parameter("bias")[3] = float("nan")  # equals nothing, itself included
     text = refusal(tmp_path, write, end, model, what=what)
     assert text.startswith("error[E-CKPT-PARITY]")
     assert "was not written" in text and "inf" in text
 
 
-def test_one_number_in_ten_thousand_too_far_off_is_enough_to_refuse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_difference_that_was_measured_is_what_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "TOLERANCE", 1e-9)  # float32 in another order cannot keep this
     assert "E-CKPT-PARITY" in refusal(tmp_path, export_onnx, "onnx", small())
 
@@ -377,7 +388,7 @@ def test_nothing_that_exists_is_replaced(tmp_path: Path, write: Export, end: str
     (tmp_path / f"link.{end}").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.iterdir())
     for path in (*before, Path()):
-        with pytest.raises(MaekitError, match="E-ENV-OUT.*found it exists, expected a new name: nothing is replaced"):
+        with pytest.raises(MaekitError, match=r"E-ENV-OUT.*found it exists, expected a new name: nothing is replaced"):
             write(small(), path)
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / f"file.{end}").read_text() == "mine"
@@ -388,7 +399,7 @@ def test_a_place_that_cannot_be_written_and_a_full_disk_are_one_line_each(
     tmp_path: Path, write: Export, end: str
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(MaekitError, match="E-ENV-OUT.*Not a directory"):
+    with pytest.raises(MaekitError, match=r"E-ENV-OUT.*Not a directory"):
         write(small(), tmp_path / "file" / f"m.{end}")
     (tmp_path / "file").unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -417,8 +428,7 @@ def test_vit_base_at_224_keeps_the_tolerance(tmp_path: Path, write: Export, end:
         assert max(written.differences.values()) < 1e-5, written.differences
     images, noise = draw(1, 3, 224, 224), torch.rand(1, 196, generator=torch.Generator().manual_seed(0))
     found = run(tmp_path / f"encoder.{end}", images)
-    torch.testing.assert_close(found, [features(model, images, "tokens")], **TOLERANCE)
+    assert_close(found, [features(model, images, "tokens")])
     with torch.no_grad():
         expected = model(images, noise=noise)
-    for one, other in zip(run(tmp_path / f"autoencoder.{end}", images, noise), expected, strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCE)
+    assert_close(run(tmp_path / f"autoencoder.{end}", images, noise), list(expected))
