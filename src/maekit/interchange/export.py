@@ -283,8 +283,8 @@ def _export(
     place = path if os.path.lexists(path) else _weights_of(path)
     if os.path.lexists(place):
         raise MaekitError("E-ENV-OUT", f"{place}", found="it exists", expected="a new name: nothing is replaced")
-    program = _record(graph)
-    with _hidden_folder(path) as folder:
+    with _hidden_folder(path) as folder:  # at once: recording takes a while
+        program = _record(graph)
         file = folder / path.name  # under its final name: an ONNX file names the file of its weights
         save(program, graph, file)
         differences = _prove(graph, open_(file))
