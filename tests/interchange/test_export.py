@@ -227,6 +227,7 @@ def test_a_file_says_how_images_are_prepared_and_which_model_it_is(autoencoder: 
     assert json.loads(facts["maekit.mean"]) == [0.1, 0.2, 0.3]
     assert json.loads(facts["maekit.std"]) == [0.4, 0.5, 0.6]
     assert json.loads(facts["maekit.patch"]) == 8
+    assert json.loads(facts["maekit.any_size"]) is False
     assert json.loads(facts["maekit.mask_ratio"]) == 0.6
     assert "the 6 lowest stay" in facts["maekit.noise"]
     assert create_model(**json.loads(facts["maekit.spec"])).grid == (3, 5)
@@ -254,7 +255,7 @@ def test_weights_too_large_for_one_file_lie_beside_it_and_travel_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "LARGEST_IN_ONE_FILE", 10_000)
-    model = small()
+    model = small(depth=1)
     export_onnx(model, tmp_path / "m.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert (tmp_path / "m.onnx.data").stat().st_size > (tmp_path / "m.onnx").stat().st_size
@@ -377,7 +378,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_recorded(
 
 @FORMATS
 def test_a_file_that_gives_other_numbers_than_its_model_is_not_written(tmp_path: Path, write: Export, end: str) -> None:
-    model = small()
+    model = small(depth=1)
     with torch.no_grad():
         model.encoder.norm.get_parameter("bias")[3] = float("nan")  # equals nothing, itself included
     text = refusal(tmp_path, write, end, model)
@@ -387,7 +388,7 @@ def test_a_file_that_gives_other_numbers_than_its_model_is_not_written(tmp_path:
 
 def test_the_difference_that_was_measured_is_what_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "TOLERANCE", 1e-9)  # float32 in another order cannot keep this
-    assert "E-CKPT-PARITY" in refusal(tmp_path, export_onnx, "onnx", small())
+    assert "E-CKPT-PARITY" in refusal(tmp_path, export_onnx, "onnx", small(depth=1))
 
 
 @FORMATS
@@ -414,7 +415,7 @@ def test_a_place_that_cannot_be_written_and_a_full_disk_are_one_line_each(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # stands for a disk with no more room than this
     try:
-        text = refusal(tmp_path, write, end, small())
+        text = refusal(tmp_path, write, end, small(depth=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert text.startswith("error[E-ENV-OUT]: cannot write")

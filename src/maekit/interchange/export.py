@@ -92,7 +92,8 @@ def export_onnx(
         what: "encoder" | "autoencoder"; a VisionTransformer, from ``load_classifier``, is always a classifier.
         pool: of an encoder: "mean" | "cls" | "tokens", as `MaskedAutoencoder.features`; a classifier has its own.
         dynamic_size: take images of any multiple of the patch side, at least two patches each way; positions are
-            resampled inside the graph as `resample_positions` does (bicubic, cubic_coeff_a -0.75, half_pixel).
+            resampled inside the graph as `resample_positions` does (bicubic, cubic_coeff_a -0.75, half_pixel). Of
+            other images ONNX leaves the rest at the right and bottom out without a word; a pt2 file refuses them.
         mask_ratio: of an autoencoder, fixed in the file.
         spec: of the autoencoder that a classifier came from.
         classes: names of a classifier's outputs.

@@ -151,7 +151,7 @@ def graph_of(
         patch=patch,
         grid=grid,
         any_size=dynamic_size,
-        facts=_facts(spec, what=what, patch=patch, **facts),
+        facts=_facts(spec, what=what, patch=patch, any_size=dynamic_size, **facts),
     )
 
 
