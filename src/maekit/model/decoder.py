@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         One scatter in place of the paper's append and unshuffle; the same values and gradients.
         """
         num_patches = self.pos_embed.shape[1] - self.num_prefix
-        everywhere = self.mask_token.expand(len(kept), num_patches, -1)
+        everywhere = self.mask_token.expand(kept.shape[0], num_patches, -1)
         return everywhere.scatter(1, ids_keep[:, :, None].expand_as(kept), kept)
 
     def predict(self, tokens: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
     if prefix:
         first = torch.cat(prefix, dim=1)
         first = first + positions[:num_rows] if num_rows else first
-        tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
     if encoder.grad_checkpointing and encoder.training:
         tokens = checkpoint_seq(encoder.blocks, tokens)

@@ -138,10 +138,7 @@ class MaskedAutoencoder(nn.Module):
         """
         check_pool(self.encoder, pool, also=("tokens",))
         self._check_images(images)
-        tokens = self.encoder.forward_features(images)
-        if pool == "tokens":
-            return tokens
-        return tokens[:, 0] if pool == "cls" else tokens[:, self.encoder.num_prefix_tokens :].mean(1)
+        return pool_tokens(self.encoder, self.encoder.forward_features(images), pool)
 
     def set_statistics(self, mean: Statistics, std: Statistics) -> None:
         """Say what images are normalised with; kept in `spec` and so in saved weights.
@@ -174,7 +171,7 @@ class MaskedAutoencoder(nn.Module):
         mask: Tensor | None,
         generator: torch.Generator | None,
     ) -> Masking:
-        shape = (len(images), self.num_patches)
+        shape = (images.shape[0], self.num_patches)
         for name, given in (("noise", noise), ("mask", mask)):
             if given is not None and tuple(given.shape) != shape:
                 raise MaekitError(
@@ -323,6 +320,13 @@ def check_pool(encoder: VisionTransformer, pool: str, also: tuple[str, ...] = ()
             expected="mean",
             hint="pool mean",
         )
+
+
+def pool_tokens(encoder: VisionTransformer, tokens: Tensor, pool: str) -> Tensor:
+    """Pool the encoder's tokens (B, T, D): "mean" of the patches' | "cls" (B, D) | "tokens", all as they are."""
+    if pool == "tokens":
+        return tokens
+    return tokens[:, 0] if pool == "cls" else tokens[:, encoder.num_prefix_tokens :].mean(1)
 
 
 def _select(rows: Tensor, ids: Tensor) -> Tensor:
