@@ -26,7 +26,7 @@ from maekit.train import checkpoint
 from . import layouts
 
 HINTS = {"num_heads": 3, "decoder_heads": 2}
-ENDINGS = {"official": ".pth", "detectron2": ".pth", "safetensors": ".safetensors"}
+ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "official": ".pth", "detectron2": ".pth", "safetensors": ".safetensors"}
 
 
 def saved(path: Path, kind: str, **changes: Any) -> tuple[Path, MaskedAutoencoder]:
@@ -186,6 +186,24 @@ def test_a_conversion_that_computes_otherwise_is_not_kept(tmp_path: Path, monkey
     error = refused(tmp_path, "mae", "timm")
     assert error.code == "E-CKPT-PARITY"
     assert "nothing was written" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "settings", "outputs"),
+    [
+        ("mae", "onnx", {"pool": "tokens", "dynamic_size": True}, ["features"]),
+        ("mae", "onnx", {"what": "autoencoder", "mask_ratio": 0.5}, ["loss", "pred", "mask", "ids_restore", "latent"]),
+        ("mean", "onnx", {}, ["logits"]),
+        ("encoder", "pt2", {"pool": "cls"}, ["features"]),
+    ],
+)
+def test_graphs_prove_themselves(
+    tmp_path: Path, kind: str, to: str, settings: dict[str, Any], outputs: list[str]
+) -> None:
+    _, metrics, _ = turn(tmp_path, kind, to, **settings)
+    assert [row["theirs"].split()[1] for row in metrics["wrote"] if row["theirs"].startswith("output")] == outputs
+    assert metrics["proof"]["difference"] <= metrics["proof"]["tolerance"] == 1e-4
+    assert any("any multiple of 8 pixels" in note for note in metrics["notes"]) == ("dynamic_size" in settings)
 
 
 # --- what cannot be held is refused

@@ -15,6 +15,7 @@ from maekit.interchange.card import card, origin, write_card
 from maekit.interchange.names import Row
 from maekit.interchange.proof import Proof, prove
 from maekit.interchange.weights import as_classifier, as_model, read_weights, save_reading
+from maekit.model.encoder import geometry
 from maekit.settings import Convert, Graph
 from maekit.tasks import Result
 from maekit.tasks.inspect import description, hints, table
@@ -165,6 +166,12 @@ def _export(reading: Reading, dst: Path, to: str, settings: Convert) -> tuple[li
     else:
         model = as_model(reading)
         done = export(model, dst, what=what, pool=settings.pool or "mean", dynamic_size=size, mask_ratio=ratio)
+    if size:
+        patch = reading.spec["patch_size"] or geometry(reading.spec["name"]).patch
+        reading.notes.append(
+            f"images of any multiple of {patch} pixels, at least {2 * patch} each way"
+            + ("; of others the rest at the right and bottom is left out" if to == "onnx" else "")
+        )
     inputs = [Row(f"input {name}", "", "created", text) for name, text in done.inputs.items()]
     outputs = [Row(f"output {name}", "", "created", text) for name, text in done.outputs.items()]
     runner = "onnxruntime" if to == "onnx" else "torch.export, read again"
