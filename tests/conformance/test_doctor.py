@@ -21,6 +21,7 @@ from maekit.errors import MaekitError
 from maekit.interchange.weights import save_encoder, save_model
 from maekit.model.mae import create_model
 from maekit.settings import Doctor
+from maekit.tasks.convert import convert
 from maekit.tasks.doctor import doctor
 
 AUDIT = (Path(__file__).parents[2] / "docs/audit.md").read_text("utf-8")
@@ -176,6 +177,15 @@ def test_weights_of_a_file_are_asked_what_trained_weights_can_answer(tmp_path: P
     save_model(model, tmp_path / "blank.safetensors")
     found = {f.check.name: f.status for f in audit(File(tmp_path / "blank.safetensors"), suite.OF_A_FILE)}
     assert {name for name, status in found.items() if status == DEVIATES} == {"positions-decoder", "predictions-differ"}
+
+
+@pytest.mark.parametrize("to", ["official", "transformers"])
+def test_a_file_of_another_library_is_audited_as_well(tmp_path: Path, to: str) -> None:
+    save_model(Own().build(0), tmp_path / "ours.safetensors")
+    theirs = tmp_path / ("theirs.pth" if to == "official" else "theirs")
+    convert({"src": tmp_path / "ours.safetensors", "dst": theirs, "to": to})
+    result = doctor({"checkpoint": theirs})
+    assert result.exit_code == 0, result.text
 
 
 def test_a_file_without_decoder_is_not_judged_by_one_that_was_drawn(tmp_path: Path) -> None:

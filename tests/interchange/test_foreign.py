@@ -16,9 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maekit.errors import MaekitError
-from maekit.interchange.architecture import Hints
 from maekit.interchange.files import File
 from maekit.interchange.foreign import recognise
+from maekit.interchange.reading import Hints
 from maekit.interchange.weights import load_classifier, load_model, read_weights
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder

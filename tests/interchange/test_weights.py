@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from maekit.errors import MaekitError
-from maekit.interchange.architecture import Hints
+from maekit.interchange.reading import Hints
 from maekit.interchange.weights import load_classifier, load_model, metadata, save_encoder, save_model
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder, create_model

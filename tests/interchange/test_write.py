@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maekit.errors import MaekitError
 from maekit.interchange import proof
-from maekit.interchange.architecture import Hints
+from maekit.interchange.reading import Hints
 from maekit.interchange.weights import load_classifier, load_model, metadata, read_weights, save_encoder, save_model
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder
@@ -179,6 +179,14 @@ def test_the_image_processor_cuts_and_normalises_as_our_evaluation(tmp_path: Pat
     mean, std = (torch.tensor(value)[:, None, None] for value in (model.mean, model.std))
     assert theirs.shape == (3, 32, 32)
     assert float((theirs - (seen - mean) / std).abs().mean()) < 0.02  # of two resizing routines on 8-bit levels
+
+
+def test_where_the_library_is_missing_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    _, metrics, _ = turn(tmp_path, "mae", "transformers")
+    assert metrics["proof"]["how"] == (
+        "50 tensors read back bit by bit; transformers is not installed, so it did not run there"
+    )
 
 
 def test_a_conversion_that_computes_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

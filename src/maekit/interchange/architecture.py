@@ -8,9 +8,7 @@ the encoder computes.
 
 import math
 import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,9 +17,8 @@ from torch import Tensor
 from maekit.errors import MaekitError, clean
 from maekit.interchange.files import File, Tensors, read_json
 from maekit.interchange.names import Row
+from maekit.interchange.reading import Hints, Reading, check, expected_tensors, some
 from maekit.model.encoder import create_encoder, geometry
-from maekit.model.heads import encoder_spec
-from maekit.model.mae import create_model
 from maekit.model.patches import sincos_2d
 from maekit.model.targets import TARGETS
 
@@ -47,64 +44,6 @@ KNOWN_ARGS = {
 }  # fmt: skip
 """timm's ``model_args`` that stand in the shapes, are read here, or matter in training only; another could change what
 the model computes."""
-
-
-class Hints(NamedTuple):
-    """What a file may not say by itself.
-
-    Attributes:
-        model: timm's name of the architecture.
-        num_heads: of the encoder.
-        decoder_heads: of the decoder.
-        target: "norm_pixel" | "pixel".
-        img_size: H, W in pixels, for grids that are not square.
-    """
-
-    model: str | None = None
-    num_heads: int | None = None
-    decoder_heads: int | None = None
-    target: str | None = None
-    img_size: tuple[int, int] | None = None
-
-
-class Reading(NamedTuple):
-    """Weights in maekit's names, whatever layout they were in.
-
-    Attributes:
-        path: of the file, or of the folder's file that was read.
-        container: "safetensors" | "sharded safetensors" | "torch" | "sharded torch".
-        layout: "maekit" | "official" | "timm" | "transformers" | "detectron2" | "torchvision".
-        kind: "mae" | "encoder" | "classifier".
-        spec: arguments of `create_model`.
-        tensors: float32 state dict of that kind: whole model, encoder alone, or timm's model with its head.
-        classes: names of a classifier's outputs, empty if it has none.
-        pool: "mean" | "cls" of a classifier.
-        rows: what became of each tensor of the file, and each tensor that was made.
-        notes: what was taken for granted, in words.
-        facts: plain values that stood beside the weights: ``epoch``, ``args``.
-        beside: what else was in the file and is not read: ``optimizer``, ``scaler``.
-    """
-
-    path: Path
-    container: str
-    layout: str
-    kind: str
-    spec: dict[str, Any]
-    tensors: Tensors
-    classes: list[str]
-    pool: str | None
-    rows: list[Row]
-    notes: list[str]
-    facts: dict[str, Any]
-    beside: list[str]
-
-    def whole(self) -> Tensors:
-        """Return the tensors under the names of a whole autoencoder: ``encoder.``, ``decoder.``."""
-        return self.tensors if self.kind == "mae" else {f"encoder.{name}": t for name, t in self.tensors.items()}
-
-    def num_classes(self) -> int:
-        """Return the number of a classifier's outputs, 0 of anything else."""
-        return len(self.tensors["head.weight"]) if self.kind == "classifier" else 0
 
 
 def complete(file: File, layout: str, found: Tensors, rows: list[Row], hints: Hints) -> Reading:
@@ -139,44 +78,6 @@ def complete(file: File, layout: str, found: Tensors, rows: list[Row], hints: Hi
     )  # fmt: skip
 
 
-def expected_tensors(spec: dict[str, Any], kind: str, pool: str | None, num_classes: int) -> Tensors:
-    """Return names, shapes and types of a model, without memory.
-
-    Raises:
-        MaekitError: E-CONFIG-* where the spec names no model that can be built.
-    """
-    with torch.device("meta"):
-        if kind == "classifier":
-            return create_encoder(**encoder_spec(spec), num_classes=num_classes, pool=pool or "cls").state_dict()
-        model = create_model(**spec)
-        return (model if kind == "mae" else model.encoder).state_dict()
-
-
-def check(path: Path, tensors: Tensors, expected: Tensors, whose: str) -> None:
-    """Compare names, shapes, types and values with an architecture's before any memory is spent on that.
-
-    Raises:
-        MaekitError: E-CKPT-KEYS; E-CKPT-SHAPE with the first three that disagree; E-CKPT-NAN.
-    """
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        parts = [f"{word} {some(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names]
-        raise MaekitError("E-CKPT-KEYS", f"tensors of {path}", found="; ".join(parts), expected=f"those of {whose}")
-    wrong = [
-        f"{name} {tuple(value.shape)} {_type(value)}, not {tuple(expected[name].shape)} {_type(expected[name])}"
-        for name, value in tensors.items()
-        if value.shape != expected[name].shape or value.dtype != expected[name].dtype
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        found = "; ".join(wrong[:3]) + more
-        raise MaekitError("E-CKPT-SHAPE", f"tensors of {path}", found=found, expected=f"those of {whose}")
-    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-    if bad:
-        found = f"NaN or infinity in {some(bad)}"
-        raise MaekitError("E-CKPT-NAN", f"tensors of {path}", found=found, expected="finite numbers")
-
-
 def position_convention(table: Tensor, grid: tuple[int, int]) -> str:
     """Name the convention of a table of positions (1, prefix + N, D).
 
@@ -193,12 +94,6 @@ def position_convention(table: Tensor, grid: tuple[int, int]) -> str:
             if bool(torch.allclose(places, one, rtol=0, atol=1e-4)):
                 return f"sin-cos, {name}"
     return "learned, or another table"
-
-
-def some(names: Iterable[str]) -> str:
-    """Return the first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(clean(name, 80) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _Reader:
@@ -314,7 +209,9 @@ class _Reader:
                 if self.hints.model:
                     raise
                 where = f"configuration beside {self.file.path}"
-                raise MaekitError("E-CKPT-LAYOUT", where, found=error.args[0], hint="--model NAME") from error
+                raise MaekitError(
+                    "E-CKPT-LAYOUT", where, found=error.args[0], hint="maekit inspect or convert with --model NAME"
+                ) from error
         usual, usual_heads = NAMES.get(width, (ANY_WIDTH, None))
         if heads is None and usual_heads is None:
             raise MaekitError(
@@ -322,7 +219,7 @@ class _Reader:
                 f"attention heads of {self.file.path}",
                 found=f"a width of {width}, which no published ViT has, and no configuration",
                 expected="the number of heads: shapes do not tell it",
-                hint="--num-heads N",
+                hint="maekit inspect or convert with --num-heads N",
             )
         if heads is None:
             said = f"{usual_heads} heads, those of the published ViT of width {width}: the file does not say"
@@ -355,7 +252,7 @@ class _Reader:
             f"positions of {self.file.path}",
             found=f"{places} places, which make no square grid",
             expected="a square grid, or the size of the images",
-            hint="--source-size HEIGHT WIDTH",
+            hint="maekit inspect or convert with --source-size HEIGHT WIDTH",
         )
 
     def _num_prefix(self) -> int:
@@ -502,7 +399,7 @@ def _take_extra(file: File, expected: Tensors, tensors: Tensors, rows: list[Row]
                 f"tensors of {file.path}",
                 found=f"{clean(row.theirs, 80)}, which a plain ViT does not have",
                 expected="what the encoder computes without it would differ, so it cannot be left out",
-                hint="--model NAME with timm's name of this architecture",
+                hint="maekit inspect or convert with --model NAME, timm's name of this architecture",
             )
         else:
             rows[at] = row._replace(note="no part of encoder, decoder or head")
@@ -532,7 +429,3 @@ def _numbers(value: object, count: int) -> list[float]:
         return []
     good = all(isinstance(one, int | float) and math.isfinite(one) for one in value)
     return [float(one) for one in value] if good else []
-
-
-def _type(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from maekit import __version__
 from maekit.config import Deviation, load_yaml
 from maekit.errors import MaekitError, clean
-from maekit.interchange.architecture import Reading
+from maekit.interchange.reading import Reading
 
 MARK = "<!-- written by maekit -->"
 """A README.md that has it may be written again; any other is the user's own."""

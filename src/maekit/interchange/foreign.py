@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from maekit.errors import MaekitError, clean
-from maekit.interchange.architecture import Hints, Reading, complete
+from maekit.interchange.architecture import complete
 from maekit.interchange.files import File, Tensors
 from maekit.interchange.names import LAYOUTS, QKV, Layout, Place, Row, place, theirs
+from maekit.interchange.reading import Hints, Reading
 
 
 def recognise(file: File, hints: Hints) -> Reading:

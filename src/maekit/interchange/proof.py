@@ -15,8 +15,8 @@ import timm
 import torch
 from torch import Tensor
 
-from maekit.errors import MaekitError
-from maekit.interchange.architecture import Hints, Reading
+from maekit.errors import MaekitError, clean
+from maekit.interchange.reading import Hints, Reading
 from maekit.interchange.weights import as_classifier, as_model, read_weights
 from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
@@ -58,9 +58,12 @@ def prove(reading: Reading, place: Path, to: str) -> Proof:
         return Proof(f"{back}; {why[to]}, so it did not run there" if to in why else back, 0.0, 0.0)
     if importlib.util.find_spec(to) is None:
         return Proof(f"{back}; {to} is not installed, so it did not run there", 0.0, 0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the library, to its own users
-        how, difference = runners[to](reading, place)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the library, to its own users
+            how, difference = runners[to](reading, place)
+    except ImportError as error:
+        return Proof(f"{back}; {to} cannot be imported ({clean(error, 100)}), so it did not run there", 0.0, 0.0)
     if not difference <= TOLERANCE:
         raise MaekitError(
             "E-CKPT-PARITY",

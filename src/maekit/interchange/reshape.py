@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maekit.errors import MaekitError
-from maekit.interchange.architecture import ANY_WIDTH, NO_CLASS_TOKEN, Reading, expected_tensors
+from maekit.interchange.architecture import ANY_WIDTH, NO_CLASS_TOKEN
 from maekit.interchange.files import Tensors
 from maekit.interchange.names import Row
+from maekit.interchange.reading import Reading, expected_tensors
 from maekit.model.encoder import geometry
 from maekit.model.patches import patchify, resample_positions, unpatchify
 

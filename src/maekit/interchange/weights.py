@@ -24,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 
 from maekit.errors import MaekitError
-from maekit.interchange.architecture import Hints, Reading, check, expected_tensors
 from maekit.interchange.card import Origin, origin, write_card
 from maekit.interchange.card import card as model_card
 from maekit.interchange.files import READABLE, Tensors, read_file
 from maekit.interchange.foreign import recognise
 from maekit.interchange.names import Row
+from maekit.interchange.reading import Hints, Reading, check, expected_tensors
 from maekit.model.encoder import create_encoder
 from maekit.model.heads import encoder_spec
 from maekit.model.mae import MaskedAutoencoder, create_model

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from maekit.data.augment import default_crop_pct
 from maekit.errors import MaekitError, clean
-from maekit.interchange.architecture import EPSILON, Reading
+from maekit.interchange.architecture import EPSILON
 from maekit.interchange.files import Tensors
 from maekit.interchange.names import DETECTRON2, OFFICIAL, TIMM, TRANSFORMERS, Layout, Row, theirs
+from maekit.interchange.reading import Reading
 from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
 

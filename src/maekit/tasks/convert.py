@@ -10,10 +10,10 @@ from typing import Any
 
 from maekit.errors import MaekitError, clean
 from maekit.interchange import reshape, write
-from maekit.interchange.architecture import Reading
 from maekit.interchange.card import card, origin, write_card
 from maekit.interchange.names import Row
 from maekit.interchange.proof import Proof, prove
+from maekit.interchange.reading import Reading
 from maekit.interchange.weights import as_classifier, as_model, read_weights, save_reading
 from maekit.model.encoder import geometry
 from maekit.settings import Convert, Graph

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maekit.errors import MaekitError, clean
-from maekit.interchange.architecture import Hints, Reading
 from maekit.interchange.names import Row
+from maekit.interchange.reading import Hints, Reading
 from maekit.interchange.weights import read_weights
 from maekit.settings import Inspect, Unsaid
 from maekit.tasks import Result
