@@ -5,6 +5,7 @@ models where the library is installed.
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ def _export(reading: Reading, dst: Path, to: str, settings: Convert) -> tuple[li
         )
     inputs = [Row(f"input {name}", "", "created", text) for name, text in done.inputs.items()]
     outputs = [Row(f"output {name}", "", "created", text) for name, text in done.outputs.items()]
-    runner = "onnxruntime" if to == "onnx" else "torch.export, read again"
-    how = f"{runner}: {', '.join(done.outputs)}, batches of 1, 2 and 3"
+    runner = "onnxruntime" if to == "onnx" else "torch"
+    how = f"{runner} {version(runner)}: {', '.join(done.outputs)}, batches of 1, 2 and 3"
     return [*inputs, *outputs], Proof(how, max(done.differences.values()), TOLERANCE)
 
 
