@@ -116,7 +116,9 @@ def _float(file: File, name: str, value: Tensor, rows: list[Row]) -> Tensor:
     """Return float32; say so where it was another type, refuse what is no number of that kind."""
     if value.dtype == torch.float32:
         return value
-    if not value.is_floating_point():
+    if (
+        not value.is_floating_point() or value.dtype == torch.float4_e2m1fn_x2
+    ):  # two in a byte, which torch cannot take apart
         raise MaekitError("E-CKPT-SHAPE", f"tensor {name} of {file.path}", found=value.dtype, expected="float")
     for at, row in enumerate(rows):
         if row.ours == name and row.what != "left out":
