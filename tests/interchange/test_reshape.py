@@ -477,13 +477,14 @@ def test_every_change_at_once_is_proved_in_timm_and_listed(read: Callable[..., R
             "class_token": "drop", "channels": 1, "patch_size": 10, "img_size": (30, 40),
         }
     )  # fmt: skip
-    assert [note.split()[0] for note in result.metrics["notes"]] == ["the", "3", "patches", "bicubic"]
-    what = {row["ours"]: row for row in result.metrics["read"]}
+    found: dict[str, Any] = result.metrics
+    assert [note.split()[0] for note in found["notes"]] == ["the", "3", "patches", "bicubic"]
+    what = {row["ours"]: row for row in found["read"]}
     assert what["encoder.cls_token"]["what"] == "left out"
     assert "channels" in what[PROJECTION]["note"] and "FlexiViT" in what[PROJECTION]["note"]
     assert "class token" in what["encoder.pos_embed"]["note"] and "bicubic" in what["encoder.pos_embed"]["note"]
     assert what["decoder.pred.weight"]["what"] == "left out"
-    assert result.metrics["proof"]["difference"] < 1e-5
+    assert found["proof"]["difference"] < 1e-5
     again = load_model(tmp_path / "timm")
     assert (again.img_size, again.patch, again.spec["in_chans"]) == ((30, 40), 10, 1)
 

@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maekit.errors import MaekitError
 from maekit.interchange.architecture import Hints, Reading, check, expected_tensors
-from maekit.interchange.card import Origin, origin, write_card
+from maekit.interchange.card import Origin, origin, refuse_other_card, write_card
 from maekit.interchange.card import card as model_card
 from maekit.interchange.files import READABLE, Tensors, read_file
 from maekit.interchange.foreign import recognise
@@ -142,6 +142,7 @@ def save_model(
         state = dict(model.state_dict())
         reading = Reading(path, "safetensors", "maekit", "mae", model.spec, state, [], None, [], [], {}, [])
         text = model_card(reading, licence, said, name=path.name)
+        refuse_other_card(path.parent)
     _save(model.spec, model.state_dict(), "mae", path)
     if card:
         write_card(path.parent, text)
