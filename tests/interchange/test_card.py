@@ -143,6 +143,20 @@ def test_no_card_names_a_place_of_this_machine(run: Path, tmp_path: Path, to: st
     assert not re.search(r"(?<![\w/:.])/\w+/\w+", text)
 
 
+@pytest.mark.parametrize("place", ["/home/me/secret/cats", "../secret/cats", "secret/cats/", "~/secret/cats"])
+def test_folders_are_called_by_their_last_part_also_among_deviations(tmp_path: Path, place: str) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    line = f"{{name: data, source: our own, theirs: 'builtin:fashion', yours: '{place}'}}"
+    labels = "{name: labels, source: our own, theirs: 10/class, yours: 1/class}"
+    (tmp_path / "config.yaml").write_text(f"data: '{place}'\nresolved: {{deviations: [{line}, {labels}]}}\n")
+    found = origin(tmp_path)
+    assert found.data == "cats"
+    assert found.deviations == (
+        "data our own builtin:fashion, yours cats",
+        "labels our own 10/class, yours 1/class",
+    )
+
+
 @pytest.mark.parametrize("inside", [".", "checkpoints", "checkpoints/step-2", "checkpoints/step-2/model.safetensors"])
 def test_a_run_is_found_from_anything_in_it(run: Path, inside: str) -> None:
     assert (run / inside).exists()
@@ -286,6 +300,13 @@ def test_a_card_of_ours_is_written_again(tmp_path: Path) -> None:
         save_model(small(), tmp_path / "m.safetensors", card=True, licence=licence)
         assert parsed((tmp_path / "README.md").read_text())["license"] == licence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "m.safetensors"]
+
+
+def test_a_readme_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(MaekitError):
+        write_card(tmp_path, MARK)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_folder_called_readme_is_one_line(tmp_path: Path) -> None:

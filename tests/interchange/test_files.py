@@ -222,6 +222,7 @@ def test_a_folder_without_weights_says_what_lies_in_it(tmp_path: Path) -> None:
 def test_a_name_with_nothing_behind_it_is_said_so(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     assert refusal(tmp_path / name).code == "E-CKPT-MISSING"
+    assert refusal(tmp_path / name, read=load_model).code == "E-CKPT-MISSING"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -347,6 +348,15 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -
             bomb.writestr(member, whole.read(member))
     assert path.stat().st_size < 200_000
     assert refusal(path).code == "E-CKPT-SIZE"
+
+
+def test_a_compressed_archive_is_refused_even_where_that_saved_nothing(tmp_path: Path) -> None:
+    content = saved({"w": torch.randint(0, 2**31, (20_000,), dtype=torch.int32)})
+    with zipfile.ZipFile(io.BytesIO(content)) as whole, zipfile.ZipFile(tmp_path / "m.pth", "w") as changed:
+        for member in whole.namelist():
+            kind = zipfile.ZIP_DEFLATED if member.endswith("data/0") else zipfile.ZIP_STORED
+            changed.writestr(member, whole.read(member), kind)
+    assert refusal(tmp_path / "m.pth").code == "E-CKPT-SIZE"
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "old format"])

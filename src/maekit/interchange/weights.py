@@ -171,7 +171,7 @@ def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
             and tensor.
     """
     path = Path(path)
-    if path.is_dir() and ((path / checkpoint.MANIFEST).exists() or (path / "checkpoints").exists()):
+    if _holds_checkpoint(path):
         found = _checkpoint(path)
         file = found.path / "model.safetensors"
         return _own(file, _header(file, _metadata_of(file)), found.tensors["model"])
@@ -301,6 +301,13 @@ def _save(spec: dict[str, Any], state: Tensors, kind: str, path: Path, **more: A
 
 def _digest(tensors: Tensors) -> str:
     return checkpoint.state_sha256({"model": tensors}, {})
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    try:
+        return path.is_dir() and ((path / checkpoint.MANIFEST).exists() or (path / "checkpoints").exists())
+    except OSError:  # a name too long, a folder that may not be entered: `read_file` says so
+        return False
 
 
 def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
