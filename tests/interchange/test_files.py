@@ -557,6 +557,27 @@ def test_numbers_that_are_not_finite_are_refused_by_tensor_in_each_layout(
     assert "blocks.1.mlp.fc1.weight" in str(error)
 
 
+@pytest.mark.parametrize("number", ["7", "9999", "1" + "0" * 12, "9" * 5000], ids=len)
+def test_a_block_of_any_number_costs_no_more_than_its_name(tmp_path: Path, number: str) -> None:
+    tensors, name = named(tiny(), OFFICIAL), "blocks.1.mlp.fc1.weight"
+    tensors[f"blocks.{number}.mlp.fc1.weight"] = tensors[name].clone()
+    begin = time.monotonic()
+    error = refusal(tmp_path / "m.pth", saved({"model": tensors}), read=lambda path: load_model(path, hints=HINTS))
+    assert error.code == "E-CKPT-KEYS"
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(()), torch.zeros(1, 2), torch.zeros(24, 24).half()], ids=["0", "2", "half"]
+)
+def test_query_key_and_value_that_do_not_fit_together_are_refused(tmp_path: Path, value: Tensor) -> None:
+    tensors = named(tiny(), TRANSFORMERS)
+    tensors["vit.encoder.layer.0.attention.attention.key.weight"] = value
+    error = refusal(tmp_path / "m.pth", saved({"model": tensors}), read=lambda path: load_model(path, hints=HINTS))
+    assert error.code == "E-CKPT-SHAPE"
+    assert "qkv" in str(error)
+
+
 # --- the house
 
 
