@@ -192,8 +192,8 @@ class _Reader:
 
     def _depth(self, prefix: str) -> int:
         numbers = {int(name.split(".")[2]) for name in self.found if name.startswith(f"{prefix}.")}
-        missing = min(set(range(max(numbers, default=0) + 1)) - numbers, default=None)
-        if missing is not None:
+        missing = next(at for at in range(len(numbers) + 1) if at not in numbers)
+        if missing < len(numbers) or not numbers:
             raise MaekitError(
                 "E-CKPT-KEYS", f"{prefix} of {self.file.path}", found=f"no block {missing}", expected="each block"
             )

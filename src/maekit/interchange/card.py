@@ -11,13 +11,19 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData
 
 from maekit import __version__
-from maekit.config import Deviation, load_yaml
+from maekit.config import Deviation, load_yaml, spell
 from maekit.errors import MaekitError, clean
+from maekit.interchange.names import TRANSFORMERS, theirs
 from maekit.interchange.reading import Reading
 
 MARK = "<!-- written by maekit -->"
 """A README.md that has it may be written again; any other is the user's own."""
 PAPER = "https://arxiv.org/abs/2111.06377"
+GRAPHS = {
+    "onnx": ("onnxruntime", 'import onnxruntime\nsession = onnxruntime.InferenceSession("{}")'),
+    "pt2": ("torch", 'import torch\nmodel = torch.export.load("{}").module()'),
+}
+"""What runs a graph, and how."""
 
 
 class Origin(NamedTuple):
@@ -86,6 +92,23 @@ def card(reading: Reading, licence: str, said: Origin, *, to: str = "safetensors
     return "\n\n".join(sections) + "\n"
 
 
+def refuse_other_card(folder: Path) -> None:
+    """Refuse a folder whose README.md is not a card of ours: it stays as it is.
+
+    Raises:
+        MaekitError: E-ENV-OUT.
+    """
+    path = folder / "README.md"
+    try:
+        other = path.exists() and MARK not in path.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise MaekitError("E-ENV-OUT", f"cannot read {path}", found=error.strerror or error) from error
+    if other:
+        raise MaekitError(
+            "E-ENV-OUT", f"{path}", found="a README.md that is no model card of maekit", expected="a folder without"
+        )
+
+
 def write_card(folder: Path, text: str) -> Path:
     """Write README.md into a folder; one that is not a card of ours stays.
 
@@ -93,10 +116,7 @@ def write_card(folder: Path, text: str) -> Path:
         MaekitError: E-ENV-OUT.
     """
     path = folder / "README.md"
-    if path.exists() and MARK not in path.read_text("utf-8", errors="replace"):
-        raise MaekitError(
-            "E-ENV-OUT", f"{path}", found="a README.md that is no model card of maekit", expected="a folder without"
-        )
+    refuse_other_card(folder)
     try:
         path.write_text(text, "utf-8")
     except OSError as error:
@@ -105,14 +125,27 @@ def write_card(folder: Path, text: str) -> Path:
 
 
 def _of_run(config: dict[str, Any]) -> Origin:
-    resolved = config.get("resolved") or {}
+    resolved = config.get("resolved")
+    resolved = resolved if isinstance(resolved, dict) else {}
     names = ("epochs", "steps", "batch_size", "mask_ratio", "base_lr", "lr", "weight_decay", "crop_scale", "seed")
-    training = tuple((name, str(config[name])) for name in names if config.get(name) is not None)
-    data = str(config.get("data") or "")
-    images = resolved.get("images")
-    lines = tuple(str(Deviation(**one)) for one in resolved.get("deviations") or ())
-    where = data if data.startswith("builtin:") else Path(data).name
-    return Origin(where + (f", {images} images" if images else ""), str(config.get("recipe") or ""), training, lines)
+    training = tuple((name, spell(config[name])) for name in names if config.get(name) is not None)
+    data, images = _last_part("data", str(config.get("data") or "")), resolved.get("images")
+    lines = tuple(_line(one) for one in resolved.get("deviations") or () if isinstance(one, dict))
+    return Origin(data + (f", {images} images" if images else ""), str(config.get("recipe") or ""), training, lines)
+
+
+def _line(one: dict[str, Any]) -> str:
+    name = str(one.get("name"))
+    values = [_last_part(name, one.get(key)) for key in ("theirs", "yours")]
+    return str(Deviation(name, str(one.get("source")), *values))
+
+
+def _last_part(name: str, value: Any) -> Any:
+    """Return what a setting says without the folders of this machine."""
+    if not isinstance(value, str) or not value or value.startswith("builtin:"):
+        return value
+    path = Path(value)
+    return path.name or "a folder" if name == "data" or path.is_absolute() or value[:1] in ("~", ".") else value
 
 
 def _title(reading: Reading) -> str:
@@ -159,7 +192,12 @@ def _table(facts: dict[str, str]) -> str:
 
 
 def _loading(reading: Reading, to: str, name: str) -> str:
-    """Show maekit, timm, transformers and onnxruntime; a layout that is not this one needs a conversion first."""
+    """Show maekit, timm, transformers and onnxruntime; a layout that is not this one needs a conversion first.
+
+    A graph is no weights: what runs it is all that reads it.
+    """
+    if to in GRAPHS:
+        return _snippet(*GRAPHS[to], name)
     verb = "load_classifier" if reading.kind == "classifier" else "load_model"
     home = "maekit.interchange.weights" if reading.kind == "classifier" else "maekit"
     hugging = {
@@ -167,32 +205,33 @@ def _loading(reading: Reading, to: str, name: str) -> str:
         "encoder": "ViTMAEModel",
         "mae": "ViTMAEForPreTraining",
     }[reading.kind]
-    code = {
-        "safetensors": ("maekit", f'from {home} import {verb}\nmodel = {verb}("{{}}")'),
-        "timm": ("timm", 'import timm\nmodel = timm.create_model("local-dir:{}", pretrained=True)'),
-        "transformers": (
-            "transformers",
-            f'from transformers import {hugging}\nmodel = {hugging}.from_pretrained("{{}}")',
-        ),
-        "onnx": ("onnxruntime", 'import onnxruntime\nsession = onnxruntime.InferenceSession("{}")'),
+    parts = [_snippet("maekit", f'from {home} import {verb}\nmodel = {verb}("{{}}")', name)]
+    others = {
+        "timm": ("timm-folder", 'import timm\nmodel = timm.create_model("local-dir:{}", pretrained=True)'),
+        "transformers": ("hf-folder", f'from transformers import {hugging}\nmodel = {hugging}.from_pretrained("{{}}")'),
+        "onnx": ("model.onnx", GRAPHS["onnx"][1]),
     }
-    parts = []
-    for layout, (library, lines) in code.items():
-        direct = layout == to or layout == "safetensors"  # maekit reads every layout but a graph
-        if layout == "safetensors" and to in ("onnx", "pt2"):
-            continue
-        if layout == "transformers" and not direct and (reason := _not_in_transformers(reading)):
-            parts.append(f"{library}: {reason}")
-            continue
-        other = {"timm": "timm-folder", "transformers": "hf-folder", "onnx": "model.onnx"}.get(layout, "")
-        first = "" if direct else f"# maekit convert {name} {other} --to {layout}\n"
-        parts.append(f"{library}:\n```python\n{first}{lines.format(name if direct else other)}\n```")
+    for layout, (other, lines) in others.items():
+        library = GRAPHS[layout][0] if layout in GRAPHS else layout
+        if layout == to:
+            parts.append(_snippet(library, lines, name))
+        elif layout == "transformers" and (reason := _not_in_transformers(reading)):
+            parts.append(f"{library}: not possible, {reason}.")
+        else:
+            parts.append(_snippet(library, f"# maekit convert {name} {other} --to {layout}\n{lines}", other))
     return "\n\n".join(parts)
+
+
+def _snippet(library: str, lines: str, name: str) -> str:
+    return f"{library}:\n```python\n{lines.format(name)}\n```"
 
 
 def _not_in_transformers(reading: Reading) -> str:
     if reading.kind == "classifier" and reading.pool != "cls":
-        return "not possible, its classifier pools the class token and this one the mean of patch tokens."
-    if "cls_token" not in reading.tensors and "encoder.cls_token" not in reading.tensors:
-        return "not possible, its models need a class token."
+        return "its classifier pools the class token and this one the mean of patch tokens"
+    if reading.spec["img_size"][0] != reading.spec["img_size"][1]:
+        return "its models take square images"
+    tensors = reading.whole()
+    if "encoder.cls_token" not in tensors or not all(theirs(TRANSFORMERS, name) for name in tensors):
+        return "its models are plain ViTs with a class token"
     return ""

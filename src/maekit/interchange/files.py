@@ -14,11 +14,12 @@ import itertools
 import json
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,8 +43,19 @@ FOLDER_FILES = (
 )
 MOST_BYTES = 1 << 20
 """Of a JSON file beside the weights."""
+MOST_INDEX_BYTES = 1 << 26
+"""Of an index of shards: a hundred bytes for each tensor."""
+MOST_OF_FILE = 2
+"""How often all tensors together may outweigh their file: tied weights are views of the same bytes."""
 SLACK = 1 << 16
-"""Bytes by which tensors may outweigh their file: alignment, shared views."""
+"""Bytes by which they may outweigh it besides."""
+MOST_PICKLE_BYTES = 1 << 24
+"""Of a refused pickle that are looked through for what to name."""
+PLAIN_GLOBALS = re.compile(
+    r"torch\._utils\._rebuild_\w+|torch\.(\w+Storage|Size|device|b?float\d\w*)|argparse\.Namespace|_codecs\.encode"
+    r"|collections\.(OrderedDict|defaultdict|Counter)|builtins\.(set|dict|list|bytearray|complex)"
+)
+"""What a pickle of plain tensors loads; not what to name where one was refused."""
 
 
 class File(NamedTuple):
@@ -75,7 +87,7 @@ def read_file(path: Path) -> File:
         MaekitError: E-CKPT-MISSING; E-CKPT-FORMAT for what is no weights (empty, a web page, an LFS pointer, cut off);
             E-CKPT-PICKLE, naming what the pickle wants to run; E-CKPT-SIZE for tensors larger than their file.
     """
-    if not path.exists():
+    if not _exists(path):
         raise MaekitError("E-CKPT-MISSING", f"no weights at {path}", expected=READABLE)
     config = {}
     if path.is_dir():
@@ -86,7 +98,7 @@ def read_file(path: Path) -> File:
     if path.name.endswith(".index.json"):
         return _read_shards(path)._replace(config=config)
     head = _head(path)
-    if head[8:9] == b"{" and head[:1] != b"{":
+    if head[8:9] == b"{" and (head[:1] != b"{" or head[4:8] == bytes(4)):  # eight bytes of length before the header
         tensors, metadata = read_safetensors(path)
         return File(path, "safetensors", tensors, metadata, config, {}, [])
     _refuse_obvious(path, head)
@@ -100,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
         MaekitError: E-CKPT-FORMAT.
     """
     try:
-        if path.stat().st_size > MOST_BYTES and not path.name.endswith(".index.json"):
+        if path.stat().st_size > (MOST_INDEX_BYTES if path.name.endswith(".index.json") else MOST_BYTES):
             raise ValueError(f"{path.stat().st_size} bytes")
         value = json.loads(path.read_text("utf-8"))
         if not isinstance(value, dict):
@@ -124,11 +136,21 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise MaekitError("E-CKPT-FORMAT", f"cannot read {path}", found=found, expected=READABLE) from error
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be entered
+        raise MaekitError("E-CKPT-MISSING", f"no weights at {path}", found=clean(error), expected=READABLE) from error
+
+
 def _in_folder(folder: Path) -> Path:
     for name in FOLDER_FILES:
-        if (folder / name).exists():
+        if _exists(folder / name):
             return folder / name
-    found = ", ".join(sorted(clean(part.name, 40) for part in folder.iterdir())[:5]) or "nothing"
+    try:
+        found = ", ".join(sorted(clean(part.name, 40) for part in folder.iterdir())[:5]) or "nothing"
+    except OSError as error:
+        found = clean(error)
     raise MaekitError(
         "E-CKPT-MISSING", f"no weights in folder {folder}", found=found, expected=" | ".join(FOLDER_FILES)
     )
@@ -165,20 +187,20 @@ def _refuse_obvious(path: Path, head: bytes) -> None:
 
 
 def _read_torch(path: Path) -> File:
-    if zipfile.is_zipfile(path):
+    head = _head(path)
+    if head.startswith(b"PK"):
         _check_archive(path)
-    elif _head(path).startswith(b"PK"):
-        raise _cut_off(path, "an archive without its end")
-    elif not _head(path).startswith(b"\x80"):  # how every pickle of torch.save begins
+    elif not head.startswith(b"\x80"):  # how every pickle of torch.save begins
         raise MaekitError("E-CKPT-FORMAT", f"{path}", found="no weights of any known kind", expected=READABLE)
     try:
         with path.open("rb") as stream, torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickle protocols: what matters is read, or refused below
             value = torch.load(stream, map_location="cpu", weights_only=True)  # a stream: no guesses by the file's name
-    except pickle.UnpicklingError as error:
-        raise _unsafe(path, error) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise _cut_off(path, f"{type(error).__name__}: {clean(error, 120)}") from error
+    except Exception as error:  # damaged bytes make torch raise anything: struct.error, AssertionError, MemoryError
+        if isinstance(error, pickle.UnpicklingError) and (offenders := _globals_of(path)):
+            raise _unsafe(path, offenders) from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
+        raise _cut_off(path, f"{type(error).__name__}: {clean(reason, 120)}") from error
     return _unwrap(path, value)
 
 
@@ -192,12 +214,17 @@ def _cut_off(path: Path, found: str) -> MaekitError:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what torch.save never writes: compressed members, or more bytes than the file has."""
+    """Refuse what torch.save never writes: programs, compressed members, or more bytes than the file has."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise _cut_off(path, str(error)) from error
+    except Exception as error:  # damaged bytes make zipfile raise anything: NotImplementedError, UnicodeDecodeError
+        raise _cut_off(path, f"an archive: {clean(error, 100)}") from error
+    names = {member.filename.partition("/")[2] for member in members}
+    program = "constants.pkl" in names or "models/model.json" in names
+    if program or "data.pkl" not in names:
+        found = "a program (TorchScript or torch.export), no weights" if program else "a zip archive without weights"
+        raise MaekitError("E-CKPT-FORMAT", f"{path}", found=found, expected=READABLE)
     total = sum(member.file_size for member in members)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or total > path.stat().st_size:
         raise MaekitError(
@@ -206,49 +233,49 @@ def _check_archive(path: Path) -> None:
             found=f"a compressed archive of {total} bytes in {path.stat().st_size}",
             expected="members stored as they are, as torch.save writes them",
         )
-    if not any(member.filename.endswith("data.pkl") for member in members):
-        raise MaekitError("E-CKPT-FORMAT", f"{path}", found="a zip archive without weights", expected=READABLE)
 
 
-def _unsafe(path: Path, error: Exception) -> MaekitError:
-    """Name the first thing that a pickle wanted to load or run."""
-    if offenders := _globals_of_torch(path) or _globals_of_pickle(path):
-        found = f"a pickle that loads {', '.join(clean(name, 80) for name in offenders[:3])}"
-    else:
-        found = f"no plain tensors: {clean(str(error).split('.')[-1] or error, 100)}"
+def _unsafe(path: Path, offenders: list[str]) -> MaekitError:
     return MaekitError(
         "E-CKPT-PICKLE",
         f"{path}",
-        found=found,
+        found=f"a pickle that loads {', '.join(clean(name, 80) for name in offenders[:3])}",
         expected="tensors and plain values: code in a file is never run",
         hint="safetensors from its author, or convert it where you trust it",
     )
 
 
-def _globals_of_torch(path: Path) -> list[str]:
+def _globals_of(path: Path) -> list[str]:
+    """Take a pickle apart without running it: what it would load beside tensors, as far as it can be followed."""
     try:
-        with path.open("rb") as stream, torch.serialization.safe_globals(ALLOWED):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
-    except Exception:  # what it is was found already; this only looks for a name
+        with path.open("rb") if not _head(path).startswith(b"PK") else _pickle_in(path) as stream:
+            raw = stream.read(MOST_PICKLE_BYTES)
+    except Exception:  # the file was refused already; this only looks for a name
         return []
+    return [name for name in dict.fromkeys(_globals(io.BytesIO(raw))) if not PLAIN_GLOBALS.fullmatch(name)]
 
 
-def _globals_of_pickle(path: Path) -> list[str]:
-    """Take a pickle apart without running it: names that it would load, as far as it can be followed."""
-    found: list[str] = []
+def _pickle_in(path: Path) -> IO[bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.open(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
+def _globals(raw: io.BytesIO) -> Iterator[str]:
+    """Yield the names that up to five pickles in a row load: torch's old format is five."""
     strings: list[str] = []
-    with path.open("rb") as stream:
-        raw = io.BytesIO(stream.read(MOST_BYTES))
+    memo: dict[Any, str] = {}
+    pushed: str | None = None
     with contextlib.suppress(ValueError, IndexError, UnicodeDecodeError, OverflowError):
-        # torch's old format is five pickles, one after the other
         for code, argument, _ in itertools.chain.from_iterable(pickletools.genops(raw) for _ in range(5)):
             if code.name in ("GLOBAL", "INST"):
-                found.append(str(argument).replace(" ", "."))
-            elif code.name == "STACK_GLOBAL" and len(strings) > 1:
-                found.append(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    return found
+                yield str(argument).replace(" ", ".").replace("__builtin__.", "builtins.")  # Python 2's name
+            elif code.name == "STACK_GLOBAL":
+                yield ".".join(strings[-2:])
+            elif code.name == "MEMOIZE" or "PUT" in code.name:
+                memo[len(memo) if argument is None else argument] = pushed or ""
+                continue
+            pushed = memo.get(argument) if "GET" in code.name else argument if isinstance(argument, str) else None
+            strings += [pushed] if pushed else []
 
 
 def _unwrap(path: Path, value: Any) -> File:
@@ -265,7 +292,8 @@ def _unwrap(path: Path, value: Any) -> File:
         facts |= {name: _plain(part) for name, part in rest.items() if _is_plain(part)}
         beside += [name for name, part in rest.items() if not _is_plain(part)]
         value = value[key]
-    tensors = {str(name): part for name, part in value.items() if isinstance(part, Tensor)} if _is_dict(value) else {}
+    parts = value.items() if _is_dict(value) else ()
+    tensors = {str(name): part.detach() for name, part in parts if isinstance(part, Tensor)}
     if not tensors:
         found = f"a {type(value).__name__}" + (
             f" with {', '.join(map(str, list(value)[:5]))}" if _is_dict(value) else ""
@@ -291,21 +319,21 @@ def _plain(value: object) -> object:
 
 
 def _check_bytes(path: Path, tensors: Tensors) -> None:
+    total, most = 0, MOST_OF_FILE * path.stat().st_size + SLACK
     for name, value in tensors.items():
-        if value.layout != torch.strided or value.is_quantized:
+        kinds = {"quantized": value.is_quantized, "nested": value.is_nested, "without values": value.is_meta}
+        kinds[str(value.layout)] = value.layout != torch.strided
+        for found in (words for words, there in kinds.items() if there):
             raise MaekitError(
-                "E-CKPT-FORMAT",
-                f"tensor {clean(name, 80)} of {path}",
-                found=f"{value.layout}",
-                expected="a dense tensor",
+                "E-CKPT-FORMAT", f"tensor {clean(name, 80)} of {path}", found=found, expected="a dense tensor"
             )
-        claimed = value.numel() * value.element_size()
-        if claimed > value.untyped_storage().nbytes() + SLACK:
+        total += value.numel() * value.element_size()
+        if total > most:
             raise MaekitError(
                 "E-CKPT-SIZE",
                 f"tensor {clean(name, 80)} of {path}",
-                found=f"{claimed} bytes claimed by {value.untyped_storage().nbytes()}",
-                expected="as many bytes in the file as the shape says",
+                found=f"{total} bytes claimed up to it, by a file of {path.stat().st_size}",
+                expected="as many bytes in the file as the shapes say",
             )
 
 
@@ -319,8 +347,10 @@ def _read_shards(index: Path) -> File:
         raise MaekitError("E-CKPT-FORMAT", f"{index}", found="no weight_map", expected="an index of shards")
     tensors: Tensors = {}
     kinds: set[str] = set()
+    beside: list[str] = []
     for name in sorted(set(places.values())):
-        if Path(name).name != name:
+        beside_it = Path(name).name == name and not name.endswith(".json")
+        if not beside_it or (_exists(index.parent / name) and (index.parent / name).is_dir()):
             raise MaekitError(
                 "E-CKPT-FORMAT", f"{index}", found=f"shard {clean(name, 80)}", expected="a file beside it"
             )
@@ -336,4 +366,5 @@ def _read_shards(index: Path) -> File:
                 expected="it, by the index",
             )
         tensors |= {key: part.tensors[key] for key in wanted}
-    return File(index, f"sharded {kinds.pop()}", tensors, {}, {}, {}, [])
+        beside += [key for key in part.tensors if key not in tensors]
+    return File(index, f"sharded {kinds.pop()}", tensors, {}, {}, {}, beside)

@@ -96,7 +96,12 @@ def _gather(file: File, layout: Layout) -> tuple[Tensors, list[Row]]:
         if len(parts) < 3 or ours in found:
             lacks = " and ".join(QKV[third] for third in range(3) if third not in parts) or "nothing: it is there twice"
             raise MaekitError("E-CKPT-KEYS", f"{ours} of {file.path}", found=f"query, key and value without {lacks}")
-        found[ours] = torch.cat([file.tensors[parts[third]] for third in range(3)])
+        values = [file.tensors[parts[third]] for third in range(3)]
+        kinds = [f"{tuple(value.shape)} {value.dtype}".replace("torch.", "") for value in values]
+        if len(set(kinds)) > 1 or values[0].ndim == 0:
+            found_kinds = ", ".join(kinds)
+            raise MaekitError("E-CKPT-SHAPE", f"{ours} of {file.path}", found=found_kinds, expected="three alike")
+        found[ours] = torch.cat(values)
         rows += [Row(parts[third], ours, "reshaped", f"{QKV[third]} of the fused qkv") for third in range(3)]
     return {name: _float(file, name, value, rows) for name, value in found.items()}, rows
 
@@ -117,7 +122,9 @@ def _float(file: File, name: str, value: Tensor, rows: list[Row]) -> Tensor:
     """Return float32; say so where it was another type, refuse what is no number of that kind."""
     if value.dtype == torch.float32:
         return value
-    if not value.is_floating_point():
+    if (
+        not value.is_floating_point() or value.dtype == torch.float4_e2m1fn_x2
+    ):  # two in a byte, which torch cannot take apart
         raise MaekitError("E-CKPT-SHAPE", f"tensor {name} of {file.path}", found=value.dtype, expected="float")
     for at, row in enumerate(rows):
         if row.ours == name and row.what != "left out":

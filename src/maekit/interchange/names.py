@@ -237,7 +237,7 @@ def _place(layout: Layout, name: str) -> Place | None:
     if stem in layout.once:
         return Place(f"{layout.once[stem]}.{ending}")
     for theirs, ours in layout.lists.items():
-        found = re.fullmatch(rf"{re.escape(theirs)}[._](\d+)\.(.+)", stem)
+        found = re.fullmatch(rf"{re.escape(theirs)}[._](\d{{1,4}})\.(.+)", stem)
         if found is None:
             continue
         number, part = found.groups()

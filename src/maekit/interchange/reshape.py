@@ -21,6 +21,8 @@ from maekit.model.encoder import geometry
 from maekit.model.patches import patchify, resample_positions, unpatchify
 
 PROJECTION = "encoder.patch_embed.proj.weight"
+LARGEST_PATCH = 128
+"""The matrix that resizes a patch has the fourth power of its side."""
 PREDICTION = ("decoder.pred.weight", "decoder.pred.bias")
 
 
@@ -45,10 +47,12 @@ def to_size(reading: Reading, size: tuple[int, int]) -> Reading:
             expected=f"multiples of the patch side {patch}",
         )
     old, new = _grid(reading), (size[0] // patch, size[1] // patch)
+    if old == new:
+        return reading
     changed = {
         name: resample_positions(table, old, new)
         for name, table in reading.whole().items()
-        if name.endswith("pos_embed") and old != new
+        if name.endswith("pos_embed")
     }
     how = f"bicubic positions, {old[0]} x {old[1]} to {new[0]} x {new[1]} places"
     return _changed(reading, changed, {"img_size": list(size)}, how)
@@ -65,8 +69,10 @@ def to_patch(reading: Reading, patch: int) -> Reading:
         MaekitError: E-CONFIG-PATCH.
     """
     old = _patch(reading)
-    if patch < 1:
-        raise MaekitError("E-CONFIG-PATCH", "setting patch_size", found=patch, expected="at least 1 pixel")
+    if not 1 <= patch <= LARGEST_PATCH:
+        raise MaekitError("E-CONFIG-PATCH", "setting patch_size", found=patch, expected=f"1 to {LARGEST_PATCH} pixels")
+    if patch == old:
+        return reading
     tensors = reading.whole()
     weight = tensors[PROJECTION]
     fitted = resample_patch_embed(weight.double(), [patch, patch], antialias=True).float()
@@ -83,11 +89,12 @@ def to_patch(reading: Reading, patch: int) -> Reading:
 
 
 def to_channels(reading: Reading, channels: int) -> Reading:
-    """Return weights for another number of channels: repeated in turn and scaled, so that grey stays grey.
+    """Return weights for another number of channels: repeated in turn and scaled, so that copies change nothing.
 
-    New channel j has the kernel of old channel j mod C times C / channels; one channel alone has the sum of all, which
-    is what a grey image in each of them gave. Predictions, mean and deviation follow: channel j of old channel
-    j mod C, one alone their mean.
+    New channel j has the kernel of old channel j mod C, divided by the number of its copies: an image whose channels
+    are copied gives the tokens it gave. One channel alone has the sum of all kernels, which is what the same values in
+    each of them gave. Predictions, mean and deviation follow: channel j of old channel j mod C, one alone their mean.
+    timm multiplies by C / channels instead, which is the same where that divides.
 
     Raises:
         MaekitError: E-CONFIG-CHANNELS for 1 < channels < C, where which channels to keep must be said.
@@ -101,11 +108,13 @@ def to_channels(reading: Reading, channels: int) -> Reading:
             expected=f"1, or more than {old}",
             hint="--channel-matrix FILE, which says what each new channel is made of",
         )
-    matrix = torch.zeros(channels, old, dtype=torch.float64)
-    matrix[torch.arange(channels), torch.arange(channels) % old] = old / channels
+    if channels == old:
+        return reading
     if channels == 1:
-        matrix[:] = 1
-    return _with_matrix(reading, matrix, f"{old} to {channels} channels: repeated, scaled by {old}/{channels}")
+        return _with_matrix(reading, torch.ones(1, old, dtype=torch.float64), f"{old} to 1 channels: kernels summed")
+    copies = F.one_hot(torch.arange(channels) % old, old).double()
+    how = f"{old} to {channels} channels: kernels repeated, each divided by the number of its copies"
+    return _with_matrix(reading, copies / copies.sum(0), how)
 
 
 def with_channel_matrix(reading: Reading, matrix: Sequence[Sequence[float]]) -> Reading:
@@ -226,7 +235,8 @@ def _changed(reading: Reading, changed: dict[str, Any], spec: dict[str, Any], ho
             continue
         for at, row in enumerate(rows):
             if row.ours in (name, _short(reading, name)) and row.what != "left out":
-                rows[at] = row._replace(what="left out" if value is None else "reshaped", note=how)
+                note = f"{row.note}; {how}" if row.what in ("reshaped", "created") else how
+                rows[at] = row._replace(what="left out" if value is None else "reshaped", note=note)
     if reading.kind != "mae":
         tensors = {name.removeprefix("encoder."): value for name, value in tensors.items()}
     return reading._replace(tensors=tensors, spec={**reading.spec, **spec}, rows=rows, notes=[*reading.notes, how])

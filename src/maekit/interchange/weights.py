@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 
 from maekit.errors import MaekitError
-from maekit.interchange.card import Origin, origin, write_card
+from maekit.interchange.card import Origin, origin, refuse_other_card, write_card
 from maekit.interchange.card import card as model_card
 from maekit.interchange.files import READABLE, Tensors, read_file
 from maekit.interchange.foreign import recognise
@@ -142,6 +142,7 @@ def save_model(
         state = dict(model.state_dict())
         reading = Reading(path, "safetensors", "maekit", "mae", model.spec, state, [], None, [], [], {}, [])
         text = model_card(reading, licence, said, name=path.name)
+        refuse_other_card(path.parent)
     _save(model.spec, model.state_dict(), "mae", path)
     if card:
         write_card(path.parent, text)
@@ -170,7 +171,7 @@ def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
             and tensor.
     """
     path = Path(path)
-    if path.is_dir() and ((path / checkpoint.MANIFEST).exists() or (path / "checkpoints").exists()):
+    if _holds_checkpoint(path):
         found = _checkpoint(path)
         file = found.path / "model.safetensors"
         return _own(file, _header(file, _metadata_of(file)), found.tensors["model"])
@@ -300,6 +301,13 @@ def _save(spec: dict[str, Any], state: Tensors, kind: str, path: Path, **more: A
 
 def _digest(tensors: Tensors) -> str:
     return checkpoint.state_sha256({"model": tensors}, {})
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    try:
+        return path.is_dir() and ((path / checkpoint.MANIFEST).exists() or (path / "checkpoints").exists())
+    except OSError:  # a name too long, a folder that may not be entered: `read_file` says so
+        return False
 
 
 def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
