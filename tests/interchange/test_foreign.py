@@ -211,6 +211,15 @@ def test_transformers_classifier_gives_its_logits_and_class_names_here(tmp_path:
     torch.testing.assert_close(loaded.model(images), theirs(images).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_named_inside_a_folder_is_read_with_the_configuration_beside_it(tmp_path: Path) -> None:
+    model = layouts.small(embed_dim=96, num_heads=4)
+    safetensors.torch.save_file(hub(model), tmp_path / "model.safetensors")
+    config = {"model_type": "vit_mae", "num_attention_heads": 4, "decoder_num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert_same(load_model(path), model)
+
+
 def test_another_epsilon_or_activation_in_a_configuration_is_noted_or_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(hub(layouts.small()), tmp_path / "model.safetensors")
     config = {"model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32}

@@ -251,6 +251,14 @@ def test_nothing_that_exists_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(MaekitError, match="it exists"):
             convert({"src": src, "dst": tmp_path / name, "to": to})
         assert (tmp_path / name).read_bytes() == b""
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(MaekitError, match="README"):
+        convert({"src": src, "dst": tmp_path / "new.pth", "to": "official", "licence": "mit"})
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not (tmp_path / "new.pth").exists()
+    with pytest.raises(MaekitError) as caught:
+        convert({"src": src, "dst": tmp_path / ("n" * 300), "to": "timm"})
+    assert caught.value.code == "E-ENV-OUT"
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ def read_file(path: Path) -> File:
     """
     if not _exists(path):
         raise MaekitError("E-CKPT-MISSING", f"no weights at {path}", expected=READABLE)
-    config = {}
     if path.is_dir():
-        folder, path = path, _in_folder(path)
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        path = _in_folder(path)
+    beside = path.with_name("config.json")
+    config = read_json(beside) if path.name in FOLDER_FILES and beside.is_file() else {}
     if not path.is_file():
         raise MaekitError("E-CKPT-FORMAT", f"{path}", found="no regular file", expected=READABLE)
     if path.name.endswith(".index.json"):

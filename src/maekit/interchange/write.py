@@ -142,7 +142,11 @@ def refuse_existing(path: Path) -> None:
     Raises:
         MaekitError: E-ENV-OUT.
     """
-    if path.exists() or path.is_symlink():
+    try:
+        there = path.exists() or path.is_symlink()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise MaekitError("E-ENV-OUT", f"cannot write {path}", found=error.strerror or error) from error
+    if there:
         raise MaekitError("E-ENV-OUT", f"{path}", found="it exists", expected="a new name: nothing is replaced")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from maekit.errors import MaekitError, clean
 from maekit.interchange import reshape, write
-from maekit.interchange.card import card, origin, refuse_other_card, write_card
+from maekit.interchange.card import card, origin, write_card
 from maekit.interchange.names import Row
 from maekit.interchange.proof import Proof, prove
 from maekit.interchange.reading import Reading
@@ -43,8 +43,8 @@ def convert(settings: Convert | dict[str, Any]) -> Result:
     src, dst, to = _places(settings)
     reading = _reshaped(read_weights(src, hints(settings)), settings)
     text = None if settings.licence is None else card(reading, settings.licence, origin(src), to=to, name=dst.name)
-    if text is not None:
-        refuse_other_card(dst if to in ("timm", "transformers") else dst.parent)
+    if text is not None and to not in ("timm", "transformers"):  # those write a folder of their own
+        write.refuse_existing(dst.parent / "README.md")
     if to in ("onnx", "pt2"):
         rows, proof = _export(reading, dst, to, settings)
     else:
