@@ -19,7 +19,7 @@ from maekit.errors import MaekitError
 from maekit.interchange.files import File
 from maekit.interchange.foreign import recognise
 from maekit.interchange.reading import Hints
-from maekit.interchange.weights import load_classifier, load_model, read_weights
+from maekit.interchange.weights import load_classifier, load_model, read_weights, save_model
 from maekit.model.heads import classifier
 from maekit.model.mae import MaskedAutoencoder
 from maekit.model.patches import sincos_2d
@@ -151,11 +151,20 @@ def test_vitdets_backbone_gives_an_encoder_and_says_what_was_made(tmp_path: Path
     reading = read_weights(path)
     assert (reading.layout, reading.kind) == ("detectron2", "encoder")
     made = {row.ours for row in reading.rows if row.what == "created"}
-    assert made == {"encoder.cls_token", "encoder.norm.weight", "encoder.norm.bias"}
-    found = load_model(path).encoder.state_dict()
-    for name, value in model.encoder.state_dict().items():
-        if f"encoder.{name}" not in made:
-            assert torch.equal(found[name], value), name
+    assert made == {"encoder.norm.weight", "encoder.norm.bias"}
+    found, expected = load_model(path).encoder, model.encoder.state_dict()
+    for name, value in found.state_dict().items():
+        if name == "pos_embed":
+            assert torch.equal(value, expected[name][:, 1:])
+        elif f"encoder.{name}" not in made:
+            assert torch.equal(value, expected[name]), name
+    # ViTDet's own arithmetic: patches and positions through the blocks, no class token
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model.encoder.blocks(model.encoder.patch_embed(images) + expected["pos_embed"][:, 1:])
+        normed = torch.nn.functional.layer_norm(tokens, (192,), eps=1e-6)
+        torch.testing.assert_close(found.forward_features(images), normed, rtol=1e-5, atol=1e-5)
+    assert any("class token" in note for note in reading.notes)
 
 
 def test_relative_positions_of_a_trained_detector_cannot_be_left_out(tmp_path: Path) -> None:
@@ -225,8 +234,47 @@ def test_another_epsilon_or_activation_in_a_configuration_is_noted_or_refused(tm
     config = {"model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32}
     (tmp_path / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-12}))
     assert any("1e-12" in note for note in read_weights(tmp_path).notes)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "quick_gelu"}))
-    assert refusal(tmp_path).code == "E-CKPT-LAYOUT"
+    others: list[dict[str, Any]] = [
+        {"hidden_act": "quick_gelu"}, {"layer_norm_eps": 1e-3}, {"layer_norm_eps": 1}, {"qkv_bias": False},
+        {"model_type": "deit"}, {"model_type": "dinov2"},
+    ]  # fmt: skip
+    for other in others:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **other}))
+        error = refusal(tmp_path)
+        assert error.code == "E-CKPT-LAYOUT"
+        assert next(iter(other)) in str(error)
+
+
+def test_what_a_configuration_of_transformers_leaves_unsaid_is_the_librarys_default(tmp_path: Path) -> None:
+    model = layouts.small(embed_dim=192, num_heads=12, decoder_heads=16, target="pixel")
+    safetensors.torch.save_file(hub(model), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit_mae", "image_size": 32}))
+    reading = read_weights(tmp_path)
+    assert (reading.spec["num_heads"], reading.spec["decoder_heads"], reading.spec["target"]) == (12, 16, "pixel")
+    assert_same(load_model(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({}, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]),
+        ({"do_normalize": False}, [0, 0, 0], [1, 1, 1]),
+        ({"do_rescale": False}, [0.1 / 255, 0.2 / 255, 0.3 / 255], [0.4 / 255, 0.5 / 255, 0.6 / 255]),
+        ({"rescale_factor": 1 / 127.5}, [0.05, 0.1, 0.15], [0.2, 0.25, 0.3]),
+    ],
+    ids=["plain", "not normalised", "not rescaled", "to 0..2"],
+)
+def test_an_image_processor_says_what_images_are_normalised_by(
+    tmp_path: Path, processor: dict[str, Any], mean: list[float], std: list[float]
+) -> None:
+    safetensors.torch.save_file(hub(layouts.small()), tmp_path / "model.safetensors")
+    config = {"model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2, "image_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], **processor}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    spec = read_weights(tmp_path).spec
+    assert spec["mean"] == pytest.approx(mean)
+    assert spec["std"] == pytest.approx(std)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +304,63 @@ def test_what_timm_saves_computes_the_same_here(tmp_path: Path, name: str, chang
         torch.testing.assert_close(ours, theirs.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["avgmax", "max", "map", ""])
+def test_a_head_that_pools_otherwise_is_refused(tmp_path: Path, pool: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3, global_pool=pool)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    with pytest.raises(MaekitError) as caught:
+        load_classifier(tmp_path)
+    assert caught.value.code in ("E-CKPT-LAYOUT", "E-CKPT-KEYS")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["norm_pre.weight", "patch_embed.norm.weight", "attn_pool.q.weight", "head_dist.weight", "dist_token",
+     "heads.pre_logits.weight", "vit.embeddings.register_tokens", "rope.freqs"],
+)  # fmt: skip
+def test_what_would_change_the_features_is_never_left_out(tmp_path: Path, extra: str) -> None:
+    tensors = layouts.official_of(layouts.small(), decoder=False) | {extra: torch.ones(192)}
+    error = refusal(write(tmp_path / "w.pth", tensors), Hints())
+    assert error.code == "E-CKPT-KEYS"
+    assert extra in str(error)
+    assert "cannot be left out" in str(error)
+
+
+def test_heads_and_other_parts_after_the_encoder_are_left_out_and_said(tmp_path: Path) -> None:
+    extra = {
+        "fc.weight": torch.ones(3, 192),
+        "head.mlp.0.weight": torch.ones(2, 192),
+        "pooler.dense.bias": torch.ones(2),
+    }
+    reading = read_weights(write(tmp_path / "w.pth", layouts.official_of(layouts.small(), decoder=False) | extra))
+    assert {row.theirs for row in reading.rows if row.what == "left out"} == extra.keys()
+
+
+def test_a_decoder_beside_a_head_is_left_out_and_said(tmp_path: Path) -> None:
+    tensors = layouts.official_of(layouts.small()) | {"head.weight": torch.ones(3, 192), "head.bias": torch.ones(3)}
+    reading = read_weights(write(tmp_path / "w.pth", tensors))
+    assert reading.kind == "classifier"
+    left = {row.ours for row in reading.rows if row.what == "left out"}
+    assert left == {f"decoder.{name}" for name in layouts.small().decoder.state_dict()}
+    assert not any("decoder" in note for note in reading.notes)
+
+
 def test_an_argument_of_timm_that_changes_what_is_computed_is_refused(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, act_layer="relu", num_classes=0)
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     error = refusal(tmp_path)
     assert error.code == "E-CKPT-LAYOUT"
     assert "act_layer" in str(error)
+
+
+def test_an_average_is_read_where_nothing_else_is_there_and_said(tmp_path: Path) -> None:
+    model, other = layouts.small(), layouts.small(target="pixel")
+    torch.save({"model_ema": layouts.official_of(model), "epoch": 3}, tmp_path / "ema.pth")
+    assert_same(load_model(tmp_path / "ema.pth", hints=HINTS), model)
+    assert read_weights(tmp_path / "ema.pth", HINTS).facts["weights under"] == "model_ema"
+    both = {"model": {"depth": 2}, "state_dict": layouts.official_of(model), "ema": layouts.official_of(other)}
+    torch.save(both, tmp_path / "both.pth")
+    assert_same(load_model(tmp_path / "both.pth", hints=HINTS), model)
 
 
 @torch.no_grad()
@@ -350,6 +449,40 @@ def test_a_grid_that_is_not_square_wants_the_size_of_the_images(tmp_path: Path) 
     assert error.code == "E-CKPT-SHAPE"
     assert "--source-size" in str(error)
     assert_same(load_model(path, hints=HINTS._replace(img_size=(16, 40))), model)
+    for wrong in ((32, 40), (20, 40)):
+        assert refusal(path, HINTS._replace(img_size=wrong)).code == "E-CKPT-SHAPE"
+
+
+def test_a_grid_that_would_be_square_with_the_class_tokens_row_is_not_taken_for_one(tmp_path: Path) -> None:
+    model = layouts.small(img_size=(32, 48))  # 4 x 6 and a class token are 25, which is 5 x 5 as well
+    path = write(tmp_path / "w.pth", layouts.official_of(model))
+    assert "--source-size" in str(refusal(path))
+    assert_same(load_model(path, hints=HINTS._replace(img_size=(32, 48))), model)
+    path = write(tmp_path / "d.pth", layouts.as_detectron2(layouts.official_of(model)))
+    assert "--source-size" in str(refusal(path, Hints()))
+
+
+@pytest.mark.parametrize(
+    ("hints", "name"),
+    [(Hints(num_heads=4), "num_heads"), (Hints(decoder_heads=4), "decoder_heads"), (Hints(target="pixel"), "target"),
+     (Hints(img_size=(64, 64)), "source_size"), (Hints(model="vit_base_patch16_224"), "model")],
+)  # fmt: skip
+def test_a_hint_that_the_file_contradicts_is_refused(tmp_path: Path, hints: Hints, name: str) -> None:
+    model = layouts.small()
+    save_model(model, tmp_path / "ours.safetensors")
+    (tmp_path / "hf").mkdir()
+    safetensors.torch.save_file(hub(model), tmp_path / "hf" / "model.safetensors")
+    config = {"model_type": "vit_mae", "num_attention_heads": 3, "decoder_num_attention_heads": 2,
+              "norm_pix_loss": True, "image_size": 32}  # fmt: skip
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    for path in (tmp_path / "ours.safetensors", tmp_path / "hf"):
+        if name == "model" and path.name == "hf":
+            continue  # transformers says no name of timm's; a wrong one shows in the shapes
+        with pytest.raises(MaekitError) as caught:
+            load_model(path, hints=hints)
+        assert caught.value.code == "E-CONFIG-HINT"
+        assert name in str(caught.value)
+        assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(("convention", "words"), [("height", "height first"), ("learned", "learned")])
@@ -426,13 +559,13 @@ def test_a_fine_tuned_file_is_no_autoencoder_and_the_reverse(tmp_path: Path) -> 
     model = layouts.small()
     tuned = classifier(model, 7)
     finetuned = write(tmp_path / "finetuned.pth", tuned.state_dict())
-    error = refusal(finetuned)
+    error = refusal(finetuned, Hints())
     assert error.code == "E-CKPT-KIND"
     assert "fine-tuned classifier" in str(error)
     assert_same(load_classifier(finetuned).model, tuned)
     for tensors in (layouts.official_of(model), layouts.official_of(model, decoder=False)):
         with pytest.raises(MaekitError, match="pre-trained") as caught:
-            load_classifier(write(tmp_path / "pretrained.pth", tensors), HINTS)
+            load_classifier(write(tmp_path / "pretrained.pth", tensors))
         assert caught.value.code == "E-CKPT-KIND"
 
 
@@ -473,5 +606,5 @@ def test_a_strange_configuration_ends_in_a_model_or_one_line(tmp_path: Path, con
     try:
         assert_same(load_model(tmp_path, hints=HINTS), layouts.small())
     except MaekitError as error:
-        assert error.code.startswith("E-CKPT-")
+        assert error.code.startswith(("E-CKPT-", "E-CONFIG-HINT"))
         assert "\n" not in str(error)

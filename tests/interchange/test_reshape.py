@@ -363,14 +363,18 @@ def test_a_permutation_permutes_channels_and_nothing_else(
         )
 
 
-def test_a_mixture_mixes_kernels_by_the_matrix_and_predictions_by_shares(read: Callable[..., Reading]) -> None:
+def test_a_mixture_mixes_kernels_and_predicts_what_looks_the_same_through_them(read: Callable[..., Reading]) -> None:
     before, matrix = read(), [[0.2, 0.3, 0.5], [2.0, 0.0, 2.0]]
     after = with_channel_matrix(before, matrix)
     kernels = before.whole()[PROJECTION]
     expected = torch.stack([sum(w * kernels[:, c] for c, w in enumerate(row)) for row in matrix], 1)  # type: ignore[misc]
     torch.testing.assert_close(after.whole()[PROJECTION], expected, rtol=1e-5, atol=1e-6)
     pictures = predicted(before)
-    torch.testing.assert_close(predicted(after)[:, 1], (pictures[:, 0] + pictures[:, 2]) / 2, rtol=1e-5, atol=1e-6)
+    # a picture y of the new channels looks to the encoder like x = matrix' y; where x can be had exactly, it is
+    mixed = torch.einsum("nc,bnhw->bchw", torch.tensor(matrix), predicted(after))
+    within = torch.linalg.lstsq(torch.tensor(matrix).T, pictures.movedim(1, 0).flatten(1)).solution
+    nearest = (torch.tensor(matrix).T @ within).view(3, *pictures[:, 0].shape).movedim(0, 1)
+    torch.testing.assert_close(mixed, nearest, rtol=1e-4, atol=1e-5)
     assert after.spec["mean"] == pytest.approx([0.02 + 0.06 + 0.15, 0.2])
     assert tokens(after, images(channels=2)).isfinite().all()
 
@@ -382,6 +386,13 @@ def test_a_mixture_mixes_kernels_by_the_matrix_and_predictions_by_shares(read: C
 )
 def test_a_matrix_that_does_not_fit_is_refused(read: Callable[..., Reading], matrix: list[list[float]]) -> None:
     assert refusal(with_channel_matrix, read(), matrix).code == "E-CONFIG-CHANNELS"
+
+
+def test_a_mirrored_channel_is_predicted_mirrored(read: Callable[..., Reading]) -> None:
+    before = read()
+    after = with_channel_matrix(before, [[-1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
+    torch.testing.assert_close(predicted(after)[:, 0], -predicted(before)[:, 0])
+    torch.testing.assert_close(predicted(after)[:, 1:], predicted(before)[:, 1:])
 
 
 # --- class token

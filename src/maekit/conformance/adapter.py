@@ -157,8 +157,14 @@ def load_adapter(place: str) -> Adapter:
     log.warning("importing %s: this runs its code", clean(module_name))
     factory = getattr(_imported(module_name), attribute, None)
     if not callable(factory):
-        raise MaekitError("E-USAGE-MODULE", f"module {module_name}", found=f"no function or class {attribute}")
-    adapter: Any = factory()
+        raise MaekitError("E-USAGE-MODULE", f"module {module_name}", found=f"no function or class {attribute}",
+                          expected="one that returns the adapter", hint="docs/audit.md")  # fmt: skip
+    try:
+        adapter: Any = factory()
+    except SystemExit as error:  # a module of its own command line: its exit is not our verdict
+        raise MaekitError(
+            "E-USAGE-ADAPTER", f"adapter {clean(place)}", found="a call of exit", expected="an object with four methods"
+        ) from error
     missing = [name for name in METHODS if not callable(getattr(adapter, name, None))]
     if missing:
         raise MaekitError(

@@ -33,8 +33,12 @@ READABLE = (
     "weights: .safetensors, .pth/.pt/.bin of torch.save, a timm or transformers folder, or a run folder of maekit"
 )
 ALLOWED: list[Any] = [argparse.Namespace]
-INSIDE = ("model", "state_dict", "model_state_dict", "module", "net")
-"""Where training scripts keep the weights in what they save: official "model", Lightning and timm "state_dict"."""
+INSIDE = (
+    "model", "state_dict", "model_state_dict", "module", "net", "weights", "model_ema", "state_dict_ema", "ema",
+    "teacher", "student",
+)  # fmt: skip
+"""Where training scripts keep the weights in what they save: official "model", Lightning and timm "state_dict"; where
+nothing else is there, averages."""
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -285,12 +289,14 @@ def _unwrap(path: Path, value: Any) -> File:
     for _ in range(3):
         if not isinstance(value, Mapping):
             break
-        key = next((name for name in INSIDE if isinstance(value.get(name), Mapping)), None)
+        key = next((name for name in INSIDE if _holds_tensors(value.get(name))), None)
         if key is None:
             break
+        if key not in ("model", "state_dict"):
+            facts["weights under"] = key
         rest = {str(name): part for name, part in value.items() if name != key}
-        facts |= {name: _plain(part) for name, part in rest.items() if _is_plain(part)}
-        beside += [name for name, part in rest.items() if not _is_plain(part)]
+        facts |= {name: _plain(part) for name, part in rest.items() if _is_plain(name, part)}
+        beside += [name for name, part in rest.items() if not _is_plain(name, part)]
         value = value[key]
     parts = value.items() if _is_dict(value) else ()
     tensors = {str(name): part.detach() for name, part in parts if isinstance(part, Tensor)}
@@ -304,17 +310,35 @@ def _unwrap(path: Path, value: Any) -> File:
     return File(path, "torch", tensors, {}, {}, facts, beside)
 
 
+def _holds_tensors(value: object, depth: int = 3) -> bool:
+    """Say whether a mapping has tensors, or a mapping that has some."""
+    if not isinstance(value, Mapping):
+        return False
+    inside = value.values()
+    return any(isinstance(part, Tensor) or (depth > 0 and _holds_tensors(part, depth - 1)) for part in inside)
+
+
 def _is_dict(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | argparse.Namespace)
+def _is_plain(name: str, value: object) -> bool:
+    arguments = isinstance(value, argparse.Namespace) or (name == "args" and isinstance(value, dict))
+    return value is None or arguments or isinstance(value, bool | int | float | str)
+
+
+def _is_argument(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, bool | int | float | str) for part in value)
+    return isinstance(value, bool | int | float | str)
 
 
 def _plain(value: object) -> object:
+    """Return plain values as they are, arguments as a dictionary."""
     if isinstance(value, argparse.Namespace):
-        return {name: part for name, part in vars(value).items() if isinstance(part, bool | int | float | str)}
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(name): part for name, part in value.items() if _is_argument(part)}
     return value
 
 

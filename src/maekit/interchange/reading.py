@@ -89,7 +89,7 @@ def expected_tensors(spec: dict[str, Any], kind: str, pool: str | None, num_clas
         return (model if kind == "mae" else model.encoder).state_dict()
 
 
-def check(path: Path, tensors: Tensors, expected: Tensors, whose: str) -> None:
+def check(path: Path, tensors: Tensors, expected: Tensors, whose: str, hint: str = "another copy of the file") -> None:
     """Compare names, shapes, types and values with an architecture's before any memory is spent on that.
 
     Raises:
@@ -98,7 +98,9 @@ def check(path: Path, tensors: Tensors, expected: Tensors, whose: str) -> None:
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [f"{word} {some(names)}" for word, names in (("missing", missing), ("unknown", extra)) if names]
-        raise MaekitError("E-CKPT-KEYS", f"tensors of {path}", found="; ".join(parts), expected=f"those of {whose}")
+        raise MaekitError(
+            "E-CKPT-KEYS", f"tensors of {path}", found="; ".join(parts), expected=f"those of {whose}", hint=hint
+        )
     wrong = [
         f"{name} {tuple(value.shape)} {_type(value)}, not {tuple(expected[name].shape)} {_type(expected[name])}"
         for name, value in tensors.items()
@@ -107,11 +109,17 @@ def check(path: Path, tensors: Tensors, expected: Tensors, whose: str) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         found = "; ".join(wrong[:3]) + more
-        raise MaekitError("E-CKPT-SHAPE", f"tensors of {path}", found=found, expected=f"those of {whose}")
+        raise MaekitError("E-CKPT-SHAPE", f"tensors of {path}", found=found, expected=f"those of {whose}", hint=hint)
     bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if bad:
         found = f"NaN or infinity in {some(bad)}"
-        raise MaekitError("E-CKPT-NAN", f"tensors of {path}", found=found, expected="finite numbers")
+        raise MaekitError(
+            "E-CKPT-NAN",
+            f"tensors of {path}",
+            found=found,
+            expected="finite numbers",
+            hint="an earlier one",
+        )
 
 
 def some(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from maekit.interchange.architecture import ANY_WIDTH, NO_CLASS_TOKEN
 from maekit.interchange.files import Tensors
 from maekit.interchange.names import Row
 from maekit.interchange.reading import Reading, expected_tensors
-from maekit.model.encoder import geometry
+from maekit.model.encoder import create_encoder, geometry
 from maekit.model.patches import patchify, resample_positions, unpatchify
 
 PROJECTION = "encoder.patch_embed.proj.weight"
@@ -188,22 +188,34 @@ def _other_name(reading: Reading, changed: dict[str, Any], name: str, how: str) 
     spec["num_heads"] = reading.spec["num_heads"] or known.heads
     result = _changed(reading, changed, spec, how)
     expected = expected_tensors(result.spec, result.kind, result.pool, result.num_classes())
-    if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in result.tensors.items()}:
+    same = {n: t.shape for n, t in expected.items()} == {n: t.shape for n, t in result.tensors.items()}
+    if not same or _block_of(reading.spec["name"]) != _block_of(name):
         raise _class_token(f"{reading.spec['name']}, with more than a plain ViT has", "a plain ViT")
     return result
 
 
+def _block_of(name: str) -> list[str]:
+    """Return what a named architecture's block is made of: activation, norms and their epsilon show in no shape."""
+    with torch.device("meta"):
+        encoder = create_encoder(name, img_size=(224, 224), patch_size=16, embed_dim=64, num_heads=2, depth=1)
+    return [f"{type(part).__name__} {getattr(part, 'eps', '')}" for part in encoder.blocks.modules()]
+
+
 def _with_matrix(reading: Reading, matrix: Tensor, how: str) -> Reading:
-    """Mix input channels by a matrix, predictions and statistics by its rows scaled to a sum of 1."""
+    """Mix input channels by a matrix; predictions and statistics follow.
+
+    A token of new channels y is that of old ones x = matrix' y, so what was predicted of x is predicted of the y of
+    least norm that gives it: the pseudo-inverse. Mean and deviation are those of a mixture in shares of a sum of 1.
+    """
     tensors, spec = reading.whole(), reading.spec
     weight = tensors[PROJECTION]
     changed = {PROJECTION: torch.einsum("nc,dchw->dnhw", matrix, weight.double()).float()}
-    shares = matrix.abs() / matrix.abs().sum(1, keepdim=True)
+    shares, back = matrix.abs() / matrix.abs().sum(1, keepdim=True), torch.linalg.pinv(matrix.T)
     for name in PREDICTION:
         if name in tensors:
             rows = tensors[name].double()
             cells = rows.view(-1, spec["in_chans"], *rows.shape[1:])
-            changed[name] = torch.einsum("nc,pc...->pn...", shares, cells).flatten(0, 1).float()
+            changed[name] = torch.einsum("nc,pc...->pn...", back, cells).flatten(0, 1).float()
     statistics = {key: (shares @ torch.tensor(spec[key], dtype=torch.float64)).tolist() for key in ("mean", "std")}
     return _changed(reading, changed, {"in_chans": len(matrix), **statistics}, how)
 

@@ -30,7 +30,8 @@ from maekit.interchange.files import READABLE, Tensors, read_file
 from maekit.interchange.foreign import recognise
 from maekit.interchange.names import Row
 from maekit.interchange.reading import Hints, Reading, check, expected_tensors
-from maekit.model.encoder import create_encoder
+from maekit.interchange.said import contradiction
+from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.settings import FORMAT
@@ -174,11 +175,14 @@ def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
     if _holds_checkpoint(path):
         found = _checkpoint(path)
         file = found.path / "model.safetensors"
-        return _own(file, _header(file, _metadata_of(file)), found.tensors["model"])
+        header = _header(file, _metadata_of(file))
+        _agree(hints, header.spec.model_dump(mode="json"))
+        return _own(file, header, found.tensors["model"])
     file = read_file(path)
     if "maekit" not in file.metadata:
         return recognise(file, hints)
     header = _header(file.path, file.metadata)
+    _agree(hints, header.spec.model_dump(mode="json"))
     if header.sha256 not in (None, _digest(file.tensors)):
         raise MaekitError(
             "E-CKPT-DAMAGED",
@@ -356,6 +360,24 @@ def _header(path: Path, raw: dict[str, str]) -> Header:
         raise MaekitError(
             "E-CKPT-FORMAT", f"{path}", found="metadata that cannot be read", expected="metadata written by maekit"
         ) from error
+
+
+def _agree(hints: Hints, spec: dict[str, Any]) -> None:
+    """Refuse hints that a file of ours, which says everything itself, contradicts.
+
+    Raises:
+        MaekitError: E-CONFIG-HINT.
+    """
+    has: dict[str, Any] = {
+        "model": spec["name"],
+        "num_heads": spec["num_heads"] or (geometry(spec["name"]).heads if hints.num_heads else None),
+        "decoder_heads": spec["decoder_heads"],
+        "target": spec["target"],
+        "source_size": tuple(spec["img_size"]),
+    }
+    for name, given in zip(has, hints, strict=True):
+        if given is not None and given != has[name]:
+            raise contradiction(name, given, f"{has[name]}, as the file says")
 
 
 def _own(path: Path, header: Header, tensors: Tensors) -> Reading:

@@ -7,6 +7,7 @@ and removes it when anything fails. No file that exists is replaced.
 
 import contextlib
 import errno
+import io
 import json
 import shutil
 import uuid
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from maekit.data.augment import default_crop_pct
 from maekit.errors import MaekitError, clean
-from maekit.interchange.architecture import EPSILON
 from maekit.interchange.files import Tensors
 from maekit.interchange.names import DETECTRON2, OFFICIAL, TIMM, TRANSFORMERS, Layout, Row, theirs
 from maekit.interchange.reading import Reading
+from maekit.interchange.said import EPSILON
 from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
 
@@ -33,12 +34,18 @@ from maekit.model.heads import encoder_spec
 def official(reading: Reading, place: Path) -> list[Row]:
     """Write a file as the authors' code reads it: ``{"model": ...}``, decoder included where there is one.
 
+    ``args`` beside it says image size and target as their training script does; a plain dictionary, since a Namespace
+    would ask every reader to allow its class.
+
     Raises:
         MaekitError: E-CKPT-LAYOUT for what the authors' model has no place for.
     """
     _only_plain(reading, "the authors' model")
     named, rows = _rename(reading, OFFICIAL)
-    torch.save({"model": named}, place)
+    height, width = reading.spec["img_size"]
+    args = {"input_size": height if height == width else [height, width]}  # as their script names its arguments
+    args |= {"norm_pix_loss": reading.spec["target"] == "norm_pixel"} if reading.kind == "mae" else {}
+    _torch_save({"model": named, "args": args}, place)
     return rows
 
 
@@ -53,7 +60,7 @@ def detectron2(reading: Reading, place: Path) -> list[Row]:
     """
     _only_plain(reading, "ViTDet's backbone")
     named, rows = _rename(reading, DETECTRON2)
-    torch.save({"model": named}, place)
+    _torch_save({"model": named}, place)
     return rows
 
 
@@ -131,7 +138,8 @@ def staged(path: Path) -> Iterator[Path]:
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
         raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error
     except safetensors.SafetensorError as error:
-        raise MaekitError("E-ENV-OUT", f"cannot write {path}", found=clean(error, 200)) from error
+        code = "E-ENV-DISK" if "os error 28" in str(error) else "E-ENV-OUT"
+        raise MaekitError(code, f"cannot write {path}", found=clean(error, 200)) from error
     finally:
         discard(temporary)
 
@@ -266,6 +274,13 @@ def _as_timm(reading: Reading) -> VisionTransformer:
     """Build the empty timm model that holds an encoder or a classifier."""
     spec = encoder_spec(reading.spec)
     return create_encoder(**spec, num_classes=reading.num_classes(), pool=reading.pool or "cls")
+
+
+def _torch_save(value: dict[str, Any], place: Path) -> None:
+    """Save through memory: given a file name, torch raises RuntimeError without a reason when the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    place.write_bytes(buffer.getbuffer())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -201,15 +201,22 @@ def _refuse_unheard(reading: Reading, settings: Convert, what: str) -> None:
 
 def _lost(reading: Reading, to: str) -> list[str]:
     """Say what besides tensors a layout has no place for; on reading it must be said again, or is guessed."""
-    names = {"heads": "number of heads", "target": "target", "stats": "mean and deviation", "classes": "class names"}
+    names = {
+        "size": "height and width",
+        "heads": "number of heads",
+        "target": "target",
+        "stats": "mean and deviation",
+        "classes": "class names",
+    }
     kept = {
-        "official": set[str](),
+        "official": {"size", "target"},
         "detectron2": set[str](),
-        "timm": {"heads", "stats", "classes"},
-        "transformers": {"heads", "target", "stats", "classes"},
+        "timm": {"size", "heads", "stats", "classes"},
+        "transformers": {"size", "heads", "target", "stats", "classes"},
     }.get(to, set(names))
     absent = {"target"} if reading.kind != "mae" or to in ("timm", "detectron2") else set[str]()
     absent |= set[str]() if reading.classes else {"classes"}
+    absent |= {"size"} if reading.spec["img_size"][0] == reading.spec["img_size"][1] else set[str]()
     return [text for name, text in names.items() if name not in kept | absent]
 
 
