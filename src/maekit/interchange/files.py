@@ -180,6 +180,7 @@ def _refuse_obvious(path: Path, head: bytes) -> None:
         "a GGUF file": head.startswith(b"GGUF"),
         "a program (ELF)": head.startswith(b"\x7fELF"),
         "a gzip archive": head.startswith(b"\x1f\x8b"),
+        "an ONNX graph, which is a program and no file of weights": path.suffix == ".onnx",
         f"{size} bytes of zeros": bool(head) and not head.strip(b"\0"),
     }
     for found in (words for words, there in looks.items() if there):

@@ -32,6 +32,10 @@ SUFFIXES = {
 """Of the files; timm and transformers want a folder."""
 
 
+ENCODERS = ("timm", "detectron2")
+"""Layouts that have no place for a decoder."""
+
+
 def convert(settings: Convert | dict[str, Any]) -> Result:
     """Convert weights; the result names each tensor, each assumption and the proof.
 
@@ -42,7 +46,11 @@ def convert(settings: Convert | dict[str, Any]) -> Result:
     settings = typed(Convert, settings)
     src, dst, to = _places(settings)
     reading = _reshaped(read_weights(src, hints(settings)), settings)
-    text = None if settings.licence is None else card(reading, settings.licence, origin(src), to=to, name=dst.name)
+    text = None
+    if settings.licence is not None:
+        graph = to in ("onnx", "pt2") and settings.what != "autoencoder"
+        held = _without_decoder(reading) if reading.kind == "mae" and (graph or to in ENCODERS) else reading
+        text = card(held, settings.licence, origin(src), to=to, name=dst.name)
     if text is not None and to not in ("timm", "transformers"):  # those write a folder of their own
         write.refuse_existing(dst.parent / "README.md")
     if to in ("onnx", "pt2"):
@@ -214,7 +222,7 @@ def _lost(reading: Reading, to: str) -> list[str]:
         "timm": {"size", "heads", "stats", "classes"},
         "transformers": {"size", "heads", "target", "stats", "classes"},
     }.get(to, set(names))
-    absent = {"target"} if reading.kind != "mae" or to in ("timm", "detectron2") else set[str]()
+    absent = {"target"} if reading.kind != "mae" or to in ENCODERS else set[str]()
     absent |= set[str]() if reading.classes else {"classes"}
     absent |= {"size"} if reading.spec["img_size"][0] == reading.spec["img_size"][1] else set[str]()
     return [text for name, text in names.items() if name not in kept | absent]
