@@ -87,7 +87,7 @@ VERBS: dict[str, Verb] = {
         "robustness",
         (
             "maekit robustness runs/b --data my_classes --out runs/b-corrupted",
-            "maekit robustness runs/b --data my_classes --protocol occlusion --out runs/b-occluded",
+            "maekit robustness runs/b --data imagenet-a --protocol in-a --out runs/b-on-a",
         ),
     ),
     "reconstruct": Verb(

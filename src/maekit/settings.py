@@ -329,12 +329,13 @@ class Robustness(Images, Machine):
         None, "folder for table, plot and robustness.json; an unfinished one is gone on with", resume="free"
     )
     protocol: Literal[
-        "corruptions", "occlusion", "imagenet-c", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2",
-        "imagenet-real", "mapped",
+        "corruptions", "occlusion", "in-c", "in-a", "in-r", "in-sketch", "in-v2",
+        "in-real", "mapped",
     ] = setting(
         "corruptions",
         "corruptions: those of ImageNet-C on any images, needs maekit[robust]; occlusion: patches dropped, black, "
-        "shuffled; imagenet-...: the published sets; mapped: other class folders, by --class-map",
+        "shuffled; in-...: ImageNet-C, -A, -R, -Sketch, -V2, -ReaL as published; mapped: other class folders, by "
+        "--class-map",
     )  # fmt: skip
     all_images: bool = setting(False, "score all images of DATA where it has no val part; default: those held out")
     limit: int | None = setting(None, "score so many images only, the same ones for every model", ge=1)

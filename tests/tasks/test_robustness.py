@@ -222,30 +222,28 @@ def test_the_classes_are_timms() -> None:
 
 def test_imagenet_a_scores_among_its_200_classes(published: Run, imagenet: Run, tmp_path: Path) -> None:
     # 0 (tench) is no class of A; 6 and 11 are: the model prefers tench, then 11
-    data = folders(tmp_path / "imagenet-a", {synsets()[6]: 1, synsets()[11]: 3})
-    found = published("imagenet-a", imagenet({0: 9.0, 11: 5.0}), data)
+    data = folders(tmp_path / "in-a", {synsets()[6]: 1, synsets()[11]: 3})
+    found = published("in-a", imagenet({0: 9.0, 11: 5.0}), data)
     assert found["top1"] == 0.75 and found["top1_all"] == 0.0 and found["outputs"] == 200
     assert found["published"]["MAE ViT-B"] == 0.359 and found["published"]["supervised ViT-H"] == 0.331
     assert "MAE ViT-L | 0.571" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_class_that_is_none_of_the_set_is_refused(published: Run, imagenet: Run, tmp_path: Path) -> None:
-    data = folders(tmp_path / "imagenet-r", {synsets()[0]: 1, synsets()[1]: 1})
-    assert synsets()[0] in refused(
-        "E-DATA-CLASSES", published, protocol="imagenet-r", model=imagenet({1: 1.0}), data=data
-    )
+    data = folders(tmp_path / "in-r", {synsets()[0]: 1, synsets()[1]: 1})
+    assert synsets()[0] in refused("E-DATA-CLASSES", published, protocol="in-r", model=imagenet({1: 1.0}), data=data)
 
 
 def test_imagenet_v2_goes_by_number_and_not_by_name(published: Run, imagenet: Run, tmp_path: Path) -> None:
     # sorted as text, 10 stands before 2
     data = folders(tmp_path / "imagenetv2-matched-frequency-format-val", {"2": 3, "10": 2, "999": 1, "0": 1, "1": 1})
-    assert published("imagenet-v2", imagenet({2: 1.0}), data, out=tmp_path / "x")["top1"] == 3 / 8
-    assert published("imagenet-v2", imagenet({999: 1.0}), data, out=tmp_path / "y")["top1"] == 1 / 8
+    assert published("in-v2", imagenet({2: 1.0}), data, out=tmp_path / "x")["top1"] == 3 / 8
+    assert published("in-v2", imagenet({999: 1.0}), data, out=tmp_path / "y")["top1"] == 1 / 8
 
 
 def test_imagenet_sketch_competes_among_all_classes(published: Run, imagenet: Run, tmp_path: Path) -> None:
     data = folders(tmp_path / "sketch", {synsets()[0]: 1, synsets()[999]: 1})
-    found = published("imagenet-sketch", imagenet({999: 1.0}), data)
+    found = published("in-sketch", imagenet({999: 1.0}), data)
     assert found["top1"] == 0.5 and "top1_all" not in found and found["published"]["best before MAE"] == 0.36
 
 
@@ -257,24 +255,24 @@ def test_real_counts_any_label_and_leaves_out_images_without(
     for number in range(1, 6):
         folder = "" if flat else f"{synsets()[number]}/"
         picture(tmp_path / "val" / f"{folder}ILSVRC2012_val_{number:08d}.JPEG", number)
-    found = published("imagenet-real", imagenet({795: 1.0}), tmp_path / "val")
+    found = published("in-real", imagenet({795: 1.0}), tmp_path / "val")
     assert found["images"] == 4 and found["left_out"] == 1 and found["top1"] == 0.25
-    other = published("imagenet-real", imagenet({850: 1.0}), tmp_path / "val", out=tmp_path / "other", limit=4)
+    other = published("in-real", imagenet({850: 1.0}), tmp_path / "val", out=tmp_path / "other", limit=4)
     assert other["top1"] == 0.25
 
 
 def test_real_needs_the_numbers_in_the_names(published: Run, imagenet: Run, tmp_path: Path) -> None:
     data = folders(tmp_path / "val", {synsets()[0]: 1})
-    refused("E-DATA-LABELS", published, protocol="imagenet-real", model=imagenet({0: 1.0}), data=data)
+    refused("E-DATA-LABELS", published, protocol="in-real", model=imagenet({0: 1.0}), data=data)
 
 
 @pytest.mark.parametrize("archive", ["", "weather"])
 def test_imagenet_c_is_read_as_published(published: Run, imagenet: Run, tmp_path: Path, archive: str) -> None:
-    root = tmp_path / "imagenet-c"
+    root = tmp_path / "in-c"
     for kind, right in (("fog", 1), ("snow", 3)):
         for severity in range(1, 6):
             folders(root / archive / kind / str(severity), {synsets()[7]: right, synsets()[8]: 1})
-    found = published("imagenet-c", imagenet({7: 1.0}), root)
+    found = published("in-c", imagenet({7: 1.0}), root)
     assert list(found["kinds"]) == ["snow", "fog"] and found["mce"] is None and found["top1"] is None
     assert found["kinds"]["fog"]["error"] == 0.5
     assert found["kinds"]["fog"]["ce"] == pytest.approx(2.5 / sum(ALEXNET["fog", s] for s in range(1, 6)))
@@ -284,9 +282,9 @@ def test_imagenet_c_is_read_as_published(published: Run, imagenet: Run, tmp_path
 def test_imagenet_c_without_a_severity_or_any_kind_is_refused(published: Run, imagenet: Run, tmp_path: Path) -> None:
     folders(tmp_path / "c" / "fog" / "1", {synsets()[7]: 1, synsets()[8]: 1})
     assert "severity 2" in refused(
-        "E-DATA-PATH", published, protocol="imagenet-c", model=imagenet({7: 1.0}), data=tmp_path / "c"
+        "E-DATA-PATH", published, protocol="in-c", model=imagenet({7: 1.0}), data=tmp_path / "c"
     )
-    refused("E-DATA-PATH", published, protocol="imagenet-c", model=imagenet({7: 1.0}), data=tmp_path / "c" / "fog")
+    refused("E-DATA-PATH", published, protocol="in-c", model=imagenet({7: 1.0}), data=tmp_path / "c" / "fog")
 
 
 def test_mapped_classes_as_objectnet(published: Run, imagenet: Run, tmp_path: Path) -> None:
@@ -311,14 +309,12 @@ def test_a_class_map_that_cannot_be_used_is_one_line(published: Run, imagenet: R
 
 def test_official_weights_without_names_have_imagenets_order(published: Run, tmp_path: Path) -> None:
     data = folders(tmp_path / "sketch", {synsets()[3]: 1, synsets()[4]: 1})
-    assert published("imagenet-sketch", weights(tmp_path / "o.safetensors", [], {3: 1.0}, 1000), data)["top1"] == 0.5
+    assert published("in-sketch", weights(tmp_path / "o.safetensors", [], {3: 1.0}, 1000), data)["top1"] == 0.5
 
 
 def test_a_model_of_other_classes_is_refused(published: Run, own: tuple[Path, Path], tmp_path: Path) -> None:
     data = folders(tmp_path / "sketch", {synsets()[3]: 1, synsets()[4]: 1})
-    assert "--protocol mapped" in refused(
-        "E-DATA-CLASSES", published, protocol="imagenet-sketch", model=own[0], data=data
-    )
+    assert "--protocol mapped" in refused("E-DATA-CLASSES", published, protocol="in-sketch", model=own[0], data=data)
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -334,7 +330,7 @@ def test_what_cannot_be_scored_is_one_line(bad: Run, own: tuple[Path, Path], tmp
     bad(code="E-USAGE-DATA", data=None)
     bad(code="E-USAGE-RUN", run=None, protocol="occlusion")
     bad(code="E-USAGE-MAP", protocol="mapped", all_images=None)
-    assert "fractions" in bad(code="E-CONFIG-BOTH", protocol="imagenet-a", fractions=[0.5], all_images=None)
+    assert "fractions" in bad(code="E-CONFIG-BOTH", protocol="in-a", fractions=[0.5], all_images=None)
     bad(code="E-DATA-LABELS", protocol="occlusion", data=str(own[1] / "a"))
     two = folders(tmp_path / "two", {"a": 2, "z": 2})
     assert "'z'" in bad(code="E-DATA-CLASSES", protocol="occlusion", data=str(two))

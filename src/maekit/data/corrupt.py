@@ -3,7 +3,7 @@
 The 19 kinds at 5 severities come from the package imagecorruptions-imaug (Apache-2.0), an optional extra, which follows
 the authors' code. As there, the image that the model would see is corrupted, after resizing and cropping, in 8 bits.
 Two differences from the published files: those were resized with another filter and saved as JPEG, so numbers on them
-and on images made here are near, not equal; ``--protocol imagenet-c`` reads the published ones. The constants are meant
+and on images made here are near, not equal; ``--protocol in-c`` reads the published ones. The constants are meant
 for 224 px: at other sizes the same ones apply, so runs compare at one size only.
 """
 

@@ -23,8 +23,8 @@ from maekit.data.source import Source, read_regular_file
 from maekit.data.sources import open_source
 from maekit.errors import MaekitError
 
-VariantName = Literal["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "mapped"]
-SUBSETS = {"imagenet-a": "imagenet_a_indices.txt", "imagenet-r": "imagenet_r_indices.txt"}
+VariantName = Literal["in-a", "in-r", "in-sketch", "in-v2", "in-real", "mapped"]
+SUBSETS = {"in-a": "imagenet_a_indices.txt", "in-r": "imagenet_r_indices.txt"}
 """Variants of 200 classes -> timm's list of them."""
 NUM_CLASSES = 1000
 WNID = re.compile(r"n\d{8}")
@@ -112,7 +112,7 @@ def open_variant(
     if name == "mapped":
         return _mapped(source, read_class_map(class_map, source, classes, num_outputs))
     index = output_of(classes, num_outputs)
-    if name == "imagenet-real":
+    if name == "in-real":
         return _real(source, index)
     ids = [synsets()[int(line)] for line in _info(SUBSETS[name]).split()] if name in SUBSETS else synsets()
     wnids = _wnids(source, ids)

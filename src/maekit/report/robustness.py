@@ -15,14 +15,14 @@ from maekit.scores.corruption import GROUPS, Corruption, Errors
 Cell = str | float | int | None
 
 PUBLISHED: dict[str, dict[str, float]] = {
-    "MAE ViT-B": {"imagenet-c": 0.517, "imagenet-a": 0.359, "imagenet-r": 0.483, "imagenet-sketch": 0.345},
-    "MAE ViT-L": {"imagenet-c": 0.418, "imagenet-a": 0.571, "imagenet-r": 0.599, "imagenet-sketch": 0.453},
-    "MAE ViT-H": {"imagenet-c": 0.338, "imagenet-a": 0.682, "imagenet-r": 0.644, "imagenet-sketch": 0.496},
-    "MAE ViT-H 448 px": {"imagenet-c": 0.368, "imagenet-a": 0.767, "imagenet-r": 0.665, "imagenet-sketch": 0.509},
-    "supervised ViT-B": {"imagenet-c": 0.458, "imagenet-a": 0.272, "imagenet-r": 0.494, "imagenet-sketch": 0.356},
-    "supervised ViT-L": {"imagenet-c": 0.423, "imagenet-a": 0.296, "imagenet-r": 0.509, "imagenet-sketch": 0.375},
-    "supervised ViT-H": {"imagenet-c": 0.413, "imagenet-a": 0.331, "imagenet-r": 0.503, "imagenet-sketch": 0.380},
-    "best before MAE": {"imagenet-c": 0.425, "imagenet-a": 0.358, "imagenet-r": 0.487, "imagenet-sketch": 0.360},
+    "MAE ViT-B": {"in-c": 0.517, "in-a": 0.359, "in-r": 0.483, "in-sketch": 0.345},
+    "MAE ViT-L": {"in-c": 0.418, "in-a": 0.571, "in-r": 0.599, "in-sketch": 0.453},
+    "MAE ViT-H": {"in-c": 0.338, "in-a": 0.682, "in-r": 0.644, "in-sketch": 0.496},
+    "MAE ViT-H 448 px": {"in-c": 0.368, "in-a": 0.767, "in-r": 0.665, "in-sketch": 0.509},
+    "supervised ViT-B": {"in-c": 0.458, "in-a": 0.272, "in-r": 0.494, "in-sketch": 0.356},
+    "supervised ViT-L": {"in-c": 0.423, "in-a": 0.296, "in-r": 0.509, "in-sketch": 0.375},
+    "supervised ViT-H": {"in-c": 0.413, "in-a": 0.331, "in-r": 0.503, "in-sketch": 0.380},
+    "best before MAE": {"in-c": 0.425, "in-a": 0.358, "in-r": 0.487, "in-sketch": 0.360},
 }
 """Top-1, for C the mCE (lower is better), of models fine-tuned on ImageNet-1K: arXiv 2111.06377, appendix B."""
 

@@ -88,7 +88,7 @@ def robustness(settings: Robustness | dict[str, Any]) -> Result:
 
 def _load(settings: Robustness, path: Path | None, here: World) -> Scored:
     """Load a classifier; the files of ImageNet-C are the crops already, so nothing is cut off them."""
-    crop = settings.crop_pct or (1.0 if settings.protocol == "imagenet-c" else None)
+    crop = settings.crop_pct or (1.0 if settings.protocol == "in-c" else None)
     return load_scored(path, here, crop_pct=crop, precision=settings.precision)
 
 
@@ -115,9 +115,9 @@ def check_settings(settings: Robustness) -> None:
 
 
 ONLY_FOR = {
-    "kinds": ("corruptions", "imagenet-c"),
-    "severities": ("corruptions", "imagenet-c"),
-    "reference": ("corruptions", "imagenet-c"),
+    "kinds": ("corruptions", "in-c"),
+    "severities": ("corruptions", "in-c"),
+    "reference": ("corruptions", "in-c"),
     "occlusions": ("occlusion",),
     "fractions": ("occlusion",),
     "class_map": ("mapped",),
@@ -147,7 +147,7 @@ def _score(settings: Robustness, scored: Scored, run: Run, here: World) -> Resul
         source = labelled(settings, scored)
         kinds = chosen_kinds(settings.kinds)
         return _corruptions(settings, scored, run, here, _made(settings, source), source, kinds)
-    if settings.protocol == "imagenet-c":
+    if settings.protocol == "in-c":
         cells = _published_cells(settings)
         return _corruptions(settings, scored, run, here, cells.one, cells.first, cells.kinds)
     return _variant(settings, scored, run, here)
@@ -298,7 +298,7 @@ def _corruptions(
     _begin(settings, run, here, source, scored)
     key = {"protocol": settings.protocol, "data": source.fingerprint(), "images": len(source), "seed": settings.seed}
     table = _fill(settings, scored, here, cells, kinds, run.path / "robustness.json", key)
-    of_imagenet = settings.protocol == "imagenet-c" or is_imagenet(source.classes or [])
+    of_imagenet = settings.protocol == "in-c" or is_imagenet(source.classes or [])
     reference = _reference(settings, scored, run, here, cells, kinds, key, of_imagenet)
     known: tuple[Any, ...] = () if reference is None else (reference.errors, reference.clean)
     found = corruption_errors({cell: e for cell, e in table.errors.items() if cell[0] in kinds}, table.clean, *known)
@@ -313,9 +313,7 @@ def _corruptions(
         **_spread("mean_error", "mce", "relative_mce", standard),
         **_spread("extra_error", "extra_ce", "extra_relative_ce", extra),
         "kinds": {kind: {"error": one.error, "ce": one.ce, "relative_ce": one.relative} for kind, one in found.items()},
-        "published": published("imagenet-c")
-        if settings.protocol == "imagenet-c" or is_imagenet(scored.classes)
-        else {},
+        "published": published("in-c") if settings.protocol == "in-c" or is_imagenet(scored.classes) else {},
     }
     if here.is_main:
         _write_corruptions(run, table, found, metrics)
