@@ -105,10 +105,14 @@ class Place(Settings):
     """Images"""
 
     data: str | None = setting(
-        None, "folder of images, list file (.txt/.csv), .parquet file or folder, or builtin:fashion", resume="free"
+        None,
+        "folder of images, list (.txt/.csv, .json as iNaturalist's), .parquet file or folder, or builtin:fashion",
+        resume="free",
     )
     image_column: str | None = setting(None, "parquet column with the image bytes; default: found by content")
-    label_column: str | None = setting(None, "parquet column with the label; default: label, labels, class, target")
+    label_column: str | None = setting(
+        None, "parquet column with the label; default: label, labels, class, target, ..."
+    )
 
 
 class Images(Place):
