@@ -20,7 +20,8 @@ from maekit.model.heads import classifier
 from maekit.model.mae import create_model
 from maekit.scores.corruption import ALEXNET, KINDS, STANDARD
 from maekit.tasks.classifying import chosen
-from maekit.tasks.robustness import chosen_kinds, robustness
+from maekit.tasks.corruptions import chosen_kinds
+from maekit.tasks.robustness import robustness
 
 SIDE = 32
 Run = Callable[..., Any]

@@ -20,6 +20,8 @@ from maekit.data.loader import Batch, Loader, View
 from maekit.data.sources import Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_classifier
+from maekit.settings import Settings
+from maekit.tasks.run_folder import Resolved, Run, describe, same_data
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train import checkpoint
 from maekit.train.device import World, resolve_precision
@@ -193,3 +195,12 @@ def accuracy(table: Tensor, accepted: Sequence[Sequence[int]]) -> list[float]:
     """
     right = torch.tensor([[value in accepted[row[0]] for value in row[1:]] for row in table.tolist()])
     return right.double().mean(0).tolist()
+
+
+def begin(settings: Settings, run: Run, here: World, source: Source, scored: Scored) -> None:
+    """Write config.yaml, or see that the images are those that the folder began with."""
+    fingerprint = source.fingerprint()
+    same_data(run, len(source), fingerprint)
+    here.barrier()
+    if here.is_main and run.resolved is None:
+        describe(run, settings, Resolved(images=len(source), fingerprint=fingerprint, classes=scored.classes or None))

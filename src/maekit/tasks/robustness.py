@@ -2,55 +2,37 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from maekit.config import suggest
 from maekit.data.augment import EvalView
-from maekit.data.corrupt import CorruptedView, check_pictures, corruptions
-from maekit.data.imagenet import Variant, corrupted_folders, is_imagenet, open_variant, output_of
-from maekit.data.loader import Batch, Loader
-from maekit.data.sources import Source, open_source
+from maekit.data.corrupt import check_pictures, corruptions
+from maekit.data.imagenet import Variant, open_variant
+from maekit.data.loader import Batch
 from maekit.errors import MaekitError
 from maekit.model.occlusion import blacken, drop, shuffle
 from maekit.report.files import write_whole
 from maekit.report.robustness import (
-    corruption_rows,
-    draw_corruptions,
     draw_occlusion,
     published,
     to_csv,
     to_markdown,
 )
-from maekit.scores.corruption import (
-    ALEXNET,
-    ALEXNET_CLEAN,
-    EXTRA,
-    GROUPS,
-    KINDS,
-    Corruption,
-    corruption_errors,
-    mean_corruption,
-)
-from maekit.seeds import mix
 from maekit.settings import Robustness
 from maekit.tasks import Result
 from maekit.tasks.classifying import (
     Scored,
     accuracy,
+    begin,
     image_loader,
     labelled,
     limited,
-    load_scored,
-    plain,
     predictions,
 )
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, same_data, typed
+from maekit.tasks.corruptions import chosen_kinds, load, score_corruptions
+from maekit.tasks.run_folder import Run, carry_out, finish, open_run, typed
 from maekit.tasks.training import default_out
 from maekit.train.device import World, world
 
@@ -79,17 +61,11 @@ def robustness(settings: Robustness | dict[str, Any]) -> Result:
     settings = typed(Robustness, settings)
     check_settings(settings)
     with world(settings.device) as here:
-        scored = _load(settings, settings.run, here)
+        scored = load(settings, settings.run, here)
         if settings.protocol == "corruptions":
             check_pictures(torch.zeros(len(scored.mean), *scored.size, dtype=torch.uint8))
         run = open_run(settings.out or default_out("robustness", settings.data), "robustness", settings)
         return carry_out(run, lambda: _score(settings, scored, run, here))
-
-
-def _load(settings: Robustness, path: Path | None, here: World) -> Scored:
-    """Load a classifier; the files of ImageNet-C are the crops already, so nothing is cut off them."""
-    crop = settings.crop_pct or (1.0 if settings.protocol == "in-c" else None)
-    return load_scored(path, here, crop_pct=crop, precision=settings.precision)
 
 
 def check_settings(settings: Robustness) -> None:
@@ -126,273 +102,12 @@ ONLY_FOR = {
 """Settings that mean something to some protocols only."""
 
 
-def chosen_kinds(names: list[str]) -> list[str]:
-    """Return the kinds that names of kinds and groups stand for, in the order of `KINDS`; none: all.
-
-    Raises:
-        MaekitError: E-USAGE-KINDS.
-    """
-    for name in names:
-        if name not in KINDS and name not in GROUPS:
-            near = suggest(name, [*KINDS, *GROUPS])
-            raise MaekitError("E-USAGE-KINDS", f"unknown corruption {name!r}{near}", expected=" ".join(KINDS))
-    wanted = {kind for name in names for kind in GROUPS.get(name, (name,))}
-    return [kind for kind in KINDS if not names or kind in wanted]
-
-
 def _score(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
+    if settings.protocol in ("corruptions", "in-c"):
+        return score_corruptions(settings, scored, run, here)
     if settings.protocol == "occlusion":
         return _occlusion(settings, scored, run, here)
-    if settings.protocol == "corruptions":
-        source = labelled(settings, scored)
-        kinds = chosen_kinds(settings.kinds)
-        return _corruptions(settings, scored, run, here, _made(settings, source), source, kinds)
-    if settings.protocol == "in-c":
-        cells = _published_cells(settings)
-        return _corruptions(settings, scored, run, here, cells.one, cells.first, cells.kinds)
     return _variant(settings, scored, run, here)
-
-
-# ------------------------------------------------------------------------------------------------ corruptions
-
-
-class Cell(NamedTuple):
-    """The images of one kind and severity; severity 0 means as they are."""
-
-    loader: Loader
-    accepted: Accepted
-
-
-Cells = Callable[[Scored, World, str, int], Cell | None]
-"""None: there are no such images, as clean ones of ImageNet-C."""
-
-
-def _made(settings: Robustness, source: Source) -> Cells:
-    """Return the cells of corruptions that are computed: each a function of (seed, kind, severity, image)."""
-    assert source.labels is not None
-    accepted = [(label,) for label in source.labels]
-
-    def cell(scored: Scored, here: World, kind: str, severity: int) -> Cell:
-        if severity == 0:
-            return Cell(image_loader(source, EvalView(scored.size, scored.crop_pct), scored, here, settings), accepted)
-        view = CorruptedView(scored.size, scored.crop_pct, kind, severity)
-        seed = mix(settings.seed, KINDS.index(kind), severity)
-        return Cell(image_loader(source, view, scored, here, settings, seed=seed), accepted)
-
-    return cell
-
-
-@dataclass(frozen=True)
-class _Published:
-    """The cells of ImageNet-C as published, and the images of the first for the fingerprint."""
-
-    one: Cells
-    first: Source
-    kinds: list[str]
-
-
-def _published_cells(settings: Robustness) -> _Published:
-    """Open ImageNet-C."""
-    assert settings.data is not None
-    folders = corrupted_folders(settings.data, chosen_kinds(settings.kinds), sorted(set(settings.severities)))
-
-    def images(place: Path) -> Source:
-        return limited(open_source(place), settings.limit, settings.seed)
-
-    def cell(scored: Scored, here: World, kind: str, severity: int) -> Cell | None:
-        if (kind, severity) not in folders:
-            return None
-        source = images(folders[kind, severity])
-        if source.labels is None or source.classes is None:
-            raise MaekitError("E-DATA-LABELS", f"{source.name} has no labels", expected="a folder for each WordNet id")
-        index = output_of(scored.classes, scored.num_outputs)
-        if unknown := [name for name in source.classes if name not in index]:
-            raise MaekitError(
-                "E-DATA-CLASSES", f"classes of {source.name}", found=", ".join(unknown[:5]),
-                expected=f"WordNet ids among the model's {len(index)} classes",
-            )  # fmt: skip
-        view = EvalView(scored.size, scored.crop_pct)
-        accepted = [(index[source.classes[label]],) for label in source.labels]
-        return Cell(image_loader(source, view, scored, here, settings), accepted)
-
-    return _Published(cell, images(next(iter(folders.values()))), list(dict.fromkeys(kind for kind, _ in folders)))
-
-
-@dataclass
-class Table:
-    """Errors of one classifier by kind and severity, and what they depend on.
-
-    Attributes:
-        key: weights, images and seed: errors of another key are not taken over.
-        clean: error on the images as they are, None if there are none.
-        errors: by kind and severity.
-    """
-
-    key: dict[str, Any]
-    clean: float | None = None
-    errors: dict[tuple[str, int], float] = field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        """Write as JSON, whole or not at all."""
-        kinds: dict[str, dict[str, float]] = {}
-        for (kind, severity), error in self.errors.items():
-            kinds.setdefault(kind, {})[str(severity)] = error
-        text = json.dumps({**self.key, "clean": self.clean, "errors": kinds}, indent=1)
-        write_whole(path, (text + "\n").encode())
-
-
-def read_table(path: Path) -> Table:
-    """Read robustness.json.
-
-    Raises:
-        MaekitError: E-DATA-TABLE.
-    """
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        clean = said.pop("clean")
-        errors = {(kind, int(s)): float(e) for kind, row in said.pop("errors").items() for s, e in row.items()}
-        return Table(dict(said), None if clean is None else float(clean), errors)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise MaekitError("E-DATA-TABLE", f"{path}", found=error, expected="errors by kind and severity") from error
-
-
-def _fill(
-    settings: Robustness, scored: Scored, here: World, cells: Cells, kinds: list[str], file: Path, key: dict[str, Any]
-) -> Table:
-    """Return the whole table, computing what the file does not hold yet; it is written after each kind."""
-    table = Table({**key, "model": scored.digest, "crop_pct": scored.crop_pct, "size": list(scored.size)})
-    if file.exists() and (before := read_table(file)).key == table.key:
-        table = before
-    here.barrier()  # all have looked at the file before one writes
-    if table.clean is None:
-        table.clean = _error(cells(scored, here, "", 0), scored, here, "as they are")
-    for kind in kinds:
-        for severity in sorted(set(settings.severities)):
-            if (kind, severity) not in table.errors:
-                error = _error(cells(scored, here, kind, severity), scored, here, f"{kind} {severity}")
-                if error is not None:
-                    table.errors[kind, severity] = error
-        if here.is_main:
-            table.write(file)
-        log.info("%s: error %.3f", kind, corruption_errors(table.errors)[kind].error)
-    return table
-
-
-def _error(cell: Cell | None, scored: Scored, here: World, title: str) -> float | None:
-    if cell is None:
-        return None
-    return 1.0 - accuracy(predictions(cell.loader, scored, here, plain(scored), title), cell.accepted)[0]
-
-
-class Reference(NamedTuple):
-    """What corruptions are measured against."""
-
-    name: str
-    errors: Mapping[tuple[str, int], float]
-    clean: float | None
-
-
-def _corruptions(
-    settings: Robustness, scored: Scored, run: Run, here: World, cells: Cells, source: Source, kinds: list[str]
-) -> Result:
-    _begin(settings, run, here, source, scored)
-    key = {"protocol": settings.protocol, "data": source.fingerprint(), "images": len(source), "seed": settings.seed}
-    table = _fill(settings, scored, here, cells, kinds, run.path / "robustness.json", key)
-    of_imagenet = settings.protocol == "in-c" or is_imagenet(source.classes or [])
-    reference = _reference(settings, scored, run, here, cells, kinds, key, of_imagenet)
-    known: tuple[Any, ...] = () if reference is None else (reference.errors, reference.clean)
-    found = corruption_errors({cell: e for cell, e in table.errors.items() if cell[0] in kinds}, table.clean, *known)
-    standard, extra = mean_corruption(found), mean_corruption(found, EXTRA)
-    metrics = {
-        "run": str(settings.run),
-        "out": str(run.path),
-        "protocol": settings.protocol,
-        "images": len(source),
-        "top1": None if table.clean is None else 1.0 - table.clean,
-        "reference": None if reference is None else reference.name,
-        **_spread("mean_error", "mce", "relative_mce", standard),
-        **_spread("extra_error", "extra_ce", "extra_relative_ce", extra),
-        "kinds": {kind: {"error": one.error, "ce": one.ce, "relative_ce": one.relative} for kind, one in found.items()},
-        "published": published("in-c") if settings.protocol == "in-c" or is_imagenet(scored.classes) else {},
-    }
-    if here.is_main:
-        _write_corruptions(run, table, found, metrics)
-        finish(run, metrics)
-    return Result(metrics, f"{run.path}: {_say(metrics, standard, len(kinds))}")
-
-
-def _spread(error: str, ce: str, relative: str, mean: Corruption | None) -> dict[str, float | None]:
-    return dict(zip((error, ce, relative), (mean.error, mean.ce, mean.relative) if mean else (None,) * 3, strict=True))
-
-
-def _say(metrics: dict[str, Any], standard: Corruption | None, count: int) -> str:
-    clean = "" if metrics["top1"] is None else f"; top-1 {metrics['top1']:.4f} as they are"
-    if standard is None:
-        return f"{count} kinds; no mCE without all 15 standard ones{clean}"
-    mce = f"mCE {standard.ce:.4f} against {metrics['reference']}, " if standard.ce is not None else ""
-    return f"{mce}mean error {standard.error:.4f} over the 15 standard kinds{clean}; {metrics['images']} images"
-
-
-def _reference(
-    settings: Robustness,
-    scored: Scored,
-    run: Run,
-    here: World,
-    cells: Cells,
-    kinds: list[str],
-    key: dict[str, Any],
-    of_imagenet: bool,
-) -> Reference | None:
-    """Return what to measure against: published errors, a table made before, or one made now.
-
-    Raises:
-        MaekitError: E-CONFIG-REFERENCE for a table of other images.
-    """
-    wanted = settings.reference or ("alexnet" if of_imagenet else None)
-    if wanted is None:
-        return None
-    if wanted == "alexnet":
-        if not of_imagenet:
-            log.warning(
-                "AlexNet's errors are of ImageNet: over those of other images they rank models, and mean no more"
-            )
-        return Reference("AlexNet", ALEXNET, ALEXNET_CLEAN)
-    file = Path(wanted) / "robustness.json"
-    if file.is_file():
-        table = read_table(file)
-        if differing := [name for name in key if table.key.get(name) != key[name]]:
-            raise MaekitError(
-                "E-CONFIG-REFERENCE", f"{file}", found=f"another {' and '.join(differing)}",
-                expected="errors on the same images", hint="--reference with the weights themselves",
-            )  # fmt: skip
-        return Reference(wanted, table.errors, table.clean)
-    other = _load(settings, Path(wanted), here)
-    if other.num_outputs != scored.num_outputs or other.classes != scored.classes:
-        raise MaekitError(
-            "E-CONFIG-REFERENCE", wanted, found=f"{other.num_outputs} classes, other ones than {settings.run} has",
-            expected="a classifier of the same classes",
-        )  # fmt: skip
-    table = _fill(settings, other, here, cells, kinds, run.path / "reference.json", key)
-    return Reference(wanted, table.errors, table.clean)
-
-
-def _write_corruptions(run: Run, table: Table, found: dict[str, Corruption], metrics: dict[str, Any]) -> None:
-    errors = {cell: error for cell, error in table.errors.items() if cell[0] in found}
-    headers, rows = corruption_rows(errors, found)
-    write_whole(run.path / "table.csv", to_csv(headers, rows))
-    for name, (error, ce, relative) in {
-        "mean of the 15 standard kinds": ("mean_error", "mce", "relative_mce"),
-        "mean of the 4 extra kinds": ("extra_error", "extra_ce", "extra_relative_ce"),
-    }.items():
-        if metrics[error] is not None:
-            rows.append([name, *[""] * (len(headers) - 4), metrics[error], metrics[ce], metrics[relative]])
-    notes = [f"{metrics['images']} images, weights {table.key['model'][:12]}, seed {table.key['seed']}."]
-    if metrics["reference"]:
-        notes.append(f"CE: error over that of {metrics['reference']}; its mean over the standard kinds is the mCE.")
-    if metrics["published"]:
-        notes.append("mCE in the paper: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["published"].items()) + ".")
-    write_whole(run.path / "table.md", to_markdown(headers, rows, notes))
-    write_whole(run.path / "corruptions.png", draw_corruptions(errors, table.clean, [metrics["run"]]))
 
 
 # -------------------------------------------------------------------------------------------------- occlusion
@@ -401,7 +116,7 @@ def _write_corruptions(run: Run, table: Table, found: dict[str, Corruption], met
 def _occlusion(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
     """Sweep once: every image under every way and fraction, from one noise."""
     source = labelled(settings, scored)
-    _begin(settings, run, here, source, scored)
+    begin(settings, run, here, source, scored)
     assert source.labels is not None
     ways = [
         (way, fraction) for way in dict.fromkeys(settings.occlusions) for fraction in sorted(set(settings.fractions))
@@ -463,7 +178,7 @@ def _write_occlusion(run: Run, metrics: dict[str, Any], chance: float) -> None:
 def _variant(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
     """Score on a published set; where only some outputs compete, both numbers are told."""
     variant = _open_variant(settings, scored)
-    _begin(settings, run, here, variant.source, scored)
+    begin(settings, run, here, variant.source, scored)
     outputs = None if variant.outputs is None else torch.tensor(variant.outputs, device=here.device)
 
     def predict(batch: Batch) -> Tensor:
@@ -513,12 +228,3 @@ def _open_variant(settings: Robustness, scored: Scored) -> Variant:
         return variant
     places = {name: at for at, name in enumerate(variant.source.ids)}
     return Variant(source, [variant.accepted[places[name]] for name in source.ids], variant.outputs, variant.left_out)
-
-
-def _begin(settings: Robustness, run: Run, here: World, source: Source, scored: Scored) -> None:
-    """Write config.yaml, or see that the images are those that the folder began with."""
-    fingerprint = source.fingerprint()
-    same_data(run, len(source), fingerprint)
-    here.barrier()
-    if here.is_main and run.resolved is None:
-        describe(run, settings, Resolved(images=len(source), fingerprint=fingerprint, classes=scored.classes or None))
