@@ -73,6 +73,7 @@ def check_pictures(image: Tensor) -> None:
             "image to corrupt",
             found=f"{channels} channels of {height} x {width} {str(image.dtype).removeprefix('torch.')}",
             expected=f"a picture of 3 channels or 1, 8 bits, at least {MIN_SIDE} px wide and high",
+            hint=f"a classifier of {MIN_SIDE} px or more; --protocol occlusion takes any",
         )
 
 
