@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,7 +168,6 @@ def test_the_same_images_are_scored_whatever_the_model_and_other_seeds_are_other
 
 
 def test_without_the_extra_nothing_is_begun(score: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
 
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     assert "pip install 'maekit[robust]'" in refused("E-ENV-IMPORT", score)
@@ -357,3 +358,24 @@ def test_the_command(maekit: Callable[..., Any], own: tuple[Path, Path], tmp_pat
     assert [point[0] for point in done.json["curves"]["drop"]] == [0, 0.5]
     again = maekit(*words, "--fractions", 0, 0.5, "--out", out, "--device", "cpu", "--json")
     assert again.json == done.json and "nothing to do" in again.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(score: Run, own: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("imagecorruptions")
+    changes: dict[str, dict[str, Any]] = {
+        "corruptions": {"kinds": ["glass_blur", "fog"], "severities": [3], "limit": 11},
+        "occlusion": {"fractions": [0.5, 0.75]},
+    }
+    for protocol, settings in changes.items():
+        alone = score(protocol=protocol, out=tmp_path / protocol, **settings)
+        words = ["--protocol", protocol, "--data", own[1], "--all-images", "--workers", 0, "--device", "cpu"]
+        for name, value in settings.items():
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        out = tmp_path / f"{protocol}-two"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "maekit", "robustness"]
+        done = subprocess.run(
+            [*command, *map(str, [own[0], *words, "--out", out])], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(alone | {"out": str(out)}))

@@ -162,16 +162,19 @@ def image_loader(
 
 
 @torch.no_grad()
-def predictions(loader: Loader, scored: Scored, here: World, predict: Callable[[Batch], Tensor], title: str) -> Tensor:
+def predictions(
+    loader: Loader, scored: Scored, here: World, predict: Callable[[Batch], Tensor], title: str, columns: int = 1
+) -> Tensor:
     """Return what `predict` says of each image, (n, 1 + V) long: index of the image, then V outputs.
 
     Each image once at any number of processes, in order; one that stood in for an unreadable one counts once.
 
     Args:
-        predict: a batch on the device -> (B, V) or (B,).
+        predict: a batch on the device -> (B, V), or (B,) for V 1.
         title: of the progress bar.
+        columns: V.
     """
-    rows = []
+    rows = [torch.zeros(0, 1 + columns, dtype=torch.long)]  # a process may have no image
     for batch in tqdm(loader.sweep(), title, unit="batch", disable=not sys.stderr.isatty(), leave=False):
         with autocast(scored.precision, here.device):
             said = predict(batch)

@@ -284,6 +284,8 @@ def _reference(
                 "E-CONFIG-REFERENCE", f"{file}", found=f"another {' and '.join(differing)}",
                 expected="errors on the same images", hint="--reference with the weights themselves",
             )  # fmt: skip
+        if missing := sorted({kind for kind in kinds for s in settings.severities if (kind, s) not in table.errors}):
+            log.warning("%s lacks severities of %s: these have no CE", file, ", ".join(missing))
         return Reference(wanted, table.errors, table.clean)
     other = load(settings, Path(wanted), here)
     if other.num_outputs != scored.num_outputs or other.classes != scored.classes:

@@ -128,7 +128,7 @@ def _occlusion(settings: Robustness, scored: Scored, run: Run, here: World) -> R
 
     view = EvalView(scored.size, scored.crop_pct)
     loader = image_loader(source, view, scored, here, settings, seed=settings.seed, num_noise=scored.num_patches)
-    table = predictions(loader, scored, here, predict, "occluded")
+    table = predictions(loader, scored, here, predict, "occluded", len(ways))
     top1 = accuracy(table, [(label,) for label in source.labels])
     curves: dict[str, list[tuple[float, float]]] = {}
     for (way, fraction), score in zip(ways, top1, strict=True):
@@ -188,7 +188,7 @@ def _variant(settings: Robustness, scored: Scored, run: Run, here: World) -> Res
         return torch.stack([best, logits.argmax(1)], 1)
 
     loader = image_loader(variant.source, EvalView(scored.size, scored.crop_pct), scored, here, settings)
-    top1, top1_all = accuracy(predictions(loader, scored, here, predict, settings.protocol), variant.accepted)
+    top1, top1_all = accuracy(predictions(loader, scored, here, predict, settings.protocol, 2), variant.accepted)
     metrics: dict[str, Any] = {
         "run": str(settings.run),
         "out": str(run.path),
