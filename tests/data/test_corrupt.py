@@ -58,7 +58,7 @@ def test_what_is_no_picture_or_too_small_is_refused(image: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_the_same_for_the_same_seed_and_changes_the_image(kind: str) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     for image in (picture(), picture(channels=1)):
         results = []
         for seed in (5, 5):
@@ -70,12 +70,12 @@ def test_every_kind_is_the_same_for_the_same_seed_and_changes_the_image(kind: st
 
 @pytest.mark.parametrize("kind", ["gaussian_noise", "impulse_noise", "glass_blur", "motion_blur", "fog", "spatter"])
 def test_another_seed_is_another_draw(kind: str) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     assert not torch.equal(loaded(0, 3, kind), loaded(0, 4, kind))
 
 
 def test_noise_and_blur_grow_with_the_severity() -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     for kind in ("gaussian_noise", "gaussian_blur", "contrast"):
         changes = []
         for severity in (1, 3, 5):
@@ -85,7 +85,7 @@ def test_noise_and_blur_grow_with_the_severity() -> None:
 
 
 def test_the_crop_that_the_model_sees_is_what_is_corrupted() -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     image = picture(64)
     seen = EvalView((32, 32), 0.875)(image)
     seed_cpu(1)
@@ -96,5 +96,5 @@ def test_the_crop_that_the_model_sees_is_what_is_corrupted() -> None:
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_no_pixel() -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     assert torch.equal(loaded(0), loaded(2))

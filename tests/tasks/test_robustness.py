@@ -101,7 +101,7 @@ def refused(code: str, score: Run, /, **changes: Any) -> str:
 
 
 def test_all_nineteen_kinds_become_table_plot_and_mce(score: Run, tmp_path: Path) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     found = score(severities=[1, 5], reference="alexnet")
     assert list(found["kinds"]) == list(KINDS) and found["images"] == 12
     table = json.loads((tmp_path / "out" / "robustness.json").read_text())
@@ -119,7 +119,7 @@ def test_all_nineteen_kinds_become_table_plot_and_mce(score: Run, tmp_path: Path
 
 
 def test_an_unfinished_scoring_goes_on_after_the_last_kind(score: Run, tmp_path: Path) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     settings = {"kinds": ["fog", "contrast"], "severities": [2]}
     whole = score(**settings)
     file = tmp_path / "out" / "robustness.json"
@@ -135,7 +135,7 @@ def test_an_unfinished_scoring_goes_on_after_the_last_kind(score: Run, tmp_path:
 
 
 def test_errors_of_other_weights_are_not_taken_over(score: Run, tmp_path: Path) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     file = weights(tmp_path / "w.safetensors", ["a", "b", "c"], {0: 1.0})
     settings = {"run": file, "kinds": ["fog"], "severities": [2]}
     assert score(**settings)["kinds"]["fog"]["error"] == pytest.approx(8 / 12)
@@ -148,7 +148,7 @@ def test_errors_of_other_weights_are_not_taken_over(score: Run, tmp_path: Path) 
 
 
 def test_the_reference_may_be_weights_or_what_was_scored_before(score: Run, tmp_path: Path) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     constant = weights(tmp_path / "constant.safetensors", ["a", "b", "c"], {0: 1.0})
     settings: dict[str, Any] = {"kinds": ["noise"], "severities": [1, 3]}
     before = score(run=constant, out=tmp_path / "before", **settings)
@@ -362,7 +362,7 @@ def test_the_command(maekit: Callable[..., Any], own: tuple[Path, Path], tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(score: Run, own: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("imagecorruptions")
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
     changes: dict[str, dict[str, Any]] = {
         "corruptions": {"kinds": ["glass_blur", "fog"], "severities": [3], "limit": 11},
         "occlusion": {"fractions": [0.5, 0.75]},
