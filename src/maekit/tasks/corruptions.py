@@ -216,9 +216,10 @@ def _corruptions(settings: Robustness, scored: Scored, run: Run, here: World, wa
     cells, source, kinds = wanted
     begin(settings, run, here, source, scored)
     key = {"protocol": settings.protocol, "data": source.fingerprint(), "images": len(source), "seed": settings.seed}
-    table = _fill(settings, scored, here, cells, kinds, run.path / "robustness.json", key)
     of_imagenet = settings.protocol == "in-c" or is_imagenet(source.classes or [])
+    # first: a reference that cannot be used is said before hours are spent
     reference = _reference(settings, scored, run, here, cells, kinds, key, of_imagenet)
+    table = _fill(settings, scored, here, cells, kinds, run.path / "robustness.json", key)
     known: tuple[Any, ...] = () if reference is None else (reference.errors, reference.clean)
     found = corruption_errors({cell: e for cell, e in table.errors.items() if cell[0] in kinds}, table.clean, *known)
     standard, extra = mean_corruption(found), mean_corruption(found, EXTRA)
@@ -232,7 +233,7 @@ def _corruptions(settings: Robustness, scored: Scored, run: Run, here: World, wa
         **_spread("mean_error", "mce", "relative_mce", standard),
         **_spread("extra_error", "extra_ce", "extra_relative_ce", extra),
         "kinds": {kind: {"error": one.error, "ce": one.ce, "relative_ce": one.relative} for kind, one in found.items()},
-        "published": published("in-c") if settings.protocol == "in-c" or is_imagenet(scored.classes) else {},
+        "published": published("in-c") if of_imagenet else {},
     }
     if here.is_main:
         _write_corruptions(run, table, found, metrics)
