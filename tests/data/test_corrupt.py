@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +83,31 @@ def test_noise_and_blur_grow_with_the_severity() -> None:
             seed_cpu(0)
             changes.append((corrupt(picture(), kind, severity).float() - picture().float()).abs().mean().item())
         assert changes == sorted(changes) and changes[0] < changes[-1], (kind, changes)
+
+
+def test_spatter_without_a_drop_leaves_the_image_alone() -> None:
+    """On 32 px one draw in fifty has none, and the package then divides by 0: what came out was a black image."""
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    seed_cpu(67)
+    assert torch.equal(corrupt(picture(32), "spatter", 1), picture(32))
+    seed_cpu(68)
+    assert not torch.equal(corrupt(picture(32), "spatter", 1), picture(32))
+
+
+def test_a_kind_is_what_the_package_makes_of_it() -> None:
+    """Oracle: the package's own door."""
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    import imagecorruptions
+
+    image = picture(64)
+    for kind in KINDS:
+        seed_cpu(7)
+        found = corrupt(image, kind, 3)
+        seed_cpu(7)
+        more = {"seed": int(np.random.randint(2**31))} if kind in ("impulse_noise", "glass_blur") else {}
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        expected = imagecorruptions.corrupt(pixels, severity=3, corruption_name=kind, **more)
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), expected), kind
 
 
 def test_the_crop_that_the_model_sees_is_what_is_corrupted() -> None:

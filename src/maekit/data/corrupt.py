@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -55,8 +56,12 @@ def corrupt(image: Tensor, kind: str, severity: int) -> Tensor:
     check_pictures(image)
     pixels = np.ascontiguousarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
     more = {"seed": int(np.random.randint(2**31))} if kind in SEEDED else {}
-    found = corruptions().corrupt(pixels, severity=severity, corruption_name=kind, **more)
-    colour = torch.from_numpy(np.array(found)).permute(2, 0, 1).contiguous()
+    apply = corruptions().corruption_dict[kind]
+    with np.errstate(invalid="ignore"):
+        found = np.asarray(apply(Image.fromarray(pixels), severity, **more))
+    # spatter divides by its strongest drop: on a small image there may be none, and nothing is to be seen
+    found = np.where(np.isnan(found), pixels, found).astype(np.uint8)
+    colour = torch.from_numpy(found).permute(2, 0, 1).contiguous()
     return colour if len(image) == 3 else F.rgb_to_grayscale(colour)
 
 
