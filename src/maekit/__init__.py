@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Probe,
         Quickstart,
         Reconstruct,
+        Robustness,
     )
     from maekit.tasks import Result
     from maekit.tasks.convert import convert
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
     from maekit.tasks.reconstruct import reconstruct
+    from maekit.tasks.robustness import robustness
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ __all__ = [
     "Quickstart",
     "Reconstruct",
     "Result",
+    "Robustness",
     "__version__",
     "convert",
     "create_model",
@@ -66,6 +69,7 @@ __all__ = [
     "probe",
     "quickstart",
     "reconstruct",
+    "robustness",
     "save_model",
 ]
 
@@ -85,6 +89,7 @@ _HOMES = {
         "Probe",
         "Quickstart",
         "Reconstruct",
+        "Robustness",
     ),
     "maekit.tasks": ("Result",),
     "maekit.tasks.convert": ("convert",),
@@ -97,6 +102,7 @@ _HOMES = {
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),
     "maekit.tasks.reconstruct": ("reconstruct",),
+    "maekit.tasks.robustness": ("robustness",),
 }
 
 

@@ -81,6 +81,15 @@ VERBS: dict[str, Verb] = {
         "knn",
         ("maekit knn runs/a --data my_classes", "maekit knn runs/a --data my_classes --raw-pixels --json"),
     ),
+    "robustness": Verb(
+        settings.Robustness,
+        "maekit.tasks.robustness",
+        "robustness",
+        (
+            "maekit robustness runs/b --data my_classes --out runs/b-corrupted",
+            "maekit robustness runs/b --data imagenet-a --protocol in-a --out runs/b-on-a",
+        ),
+    ),
     "reconstruct": Verb(
         settings.Reconstruct,
         "maekit.tasks.reconstruct",

@@ -45,6 +45,8 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Severity = Annotated[int, Field(ge=1, le=5)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -103,10 +105,14 @@ class Place(Settings):
     """Images"""
 
     data: str | None = setting(
-        None, "folder of images, list file (.txt/.csv), .parquet file or folder, or builtin:fashion", resume="free"
+        None,
+        "folder of images, list (.txt/.csv, .json as iNaturalist's), .parquet file or folder, or builtin:fashion",
+        resume="free",
     )
     image_column: str | None = setting(None, "parquet column with the image bytes; default: found by content")
-    label_column: str | None = setting(None, "parquet column with the label; default: label, labels, class, target")
+    label_column: str | None = setting(
+        None, "parquet column with the label; default: label, labels, class, target, ..."
+    )
 
 
 class Images(Place):
@@ -315,6 +321,50 @@ class Knn(Images, Labels, Machine):
     )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
     raw_pixels: bool = setting(False, "no encoder: neighbours by the pixels themselves, for comparison")
+
+
+class Robustness(Images, Machine):
+    """Score a classifier on corrupted, occluded and otherwise foreign images."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run of finetune, or weights with a head")
+    out: Path | None = setting(
+        None, "folder for table, plot and robustness.json; an unfinished one is gone on with", resume="free"
+    )
+    protocol: Literal[
+        "corruptions", "occlusion", "in-c", "in-a", "in-r", "in-sketch", "in-v2",
+        "in-real", "mapped",
+    ] = setting(
+        "corruptions",
+        "corruptions: those of ImageNet-C on any images, needs maekit[robust]; occlusion: patches dropped, black, "
+        "shuffled; in-...: ImageNet-C, -A, -R, -Sketch, -V2, -ReaL as published; mapped: other class folders, by "
+        "--class-map",
+    )  # fmt: skip
+    all_images: bool = setting(False, "score all images of DATA where it has no val part; default: those held out")
+    limit: int | None = setting(None, "score so many images only, the same ones for every model", ge=1)
+    crop_pct: float | None = setting(
+        None, "part of the resized image that is scored; default: as the run was scored", gt=0, le=1
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("fp32", "auto: what the hardware does well")
+    kinds: list[str] = setting([], "corruptions by name or group: noise blur weather digital extra; default: all 19")
+    severities: list[Severity] = setting([1, 2, 3, 4, 5], "of the corruptions")
+    reference: str | None = setting(
+        None,
+        "what corruptions are measured against: alexnet (its published errors), another classifier, or the --out of "
+        "one scored before; default: alexnet for ImageNet's classes",
+    )
+    occlusions: list[Literal["drop", "black", "shuffle"]] = setting(
+        ["drop", "black", "shuffle"],
+        "drop: the encoder runs on the other patches only; black: pixels 0 (arXiv 2105.10497); shuffle: they change "
+        "places",
+    )
+    fractions: list[Fraction] = setting(
+        [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "of the patches that are occluded"
+    )
+    class_map: Path | None = setting(
+        None, "mapped: JSON, class of the data -> output, class name or list of them; or one number a line"
+    )
 
 
 class Reconstruct(Machine):

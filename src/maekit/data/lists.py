@@ -4,6 +4,9 @@ A .csv or .tsv may start with a header (``path,label``). In a .txt, comma, tab o
 path ends with the last image suffix of the line, so names with blanks work. UTF-8, with or without a byte order
 mark; any line ends. Whatever is doubtful is refused with its line number: a list is written by a program, and a
 line skipped in silence is a class lost in silence.
+
+Lists of data sets that are published with paths from somewhere else are read where the list lies beside the folder they
+start from (Places365: ``/a/airfield/00000001.jpg 0``, beside ``data_256``), and so are those of Oxford-IIIT Pet.
 """
 
 import csv
@@ -13,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
+from maekit.data.annotations import open_pets
 from maekit.data.image import SUFFIXES
 from maekit.data.parquet import LABEL_COLUMNS
 from maekit.data.source import FileSource, in_order, number, read_regular_file
@@ -45,17 +49,20 @@ def open_list(
         text = read_regular_file(str(path)).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MaekitError("E-DATA-LIST", f"cannot read {path}", found=error, expected="a list in UTF-8") from error
+    if path.suffix.lower() == ".txt" and (pets := open_pets(path, text, name, classes=classes)) is not None:
+        return pets
     lines = list(_txt(text, path) if path.suffix.lower() == ".txt" else _csv(text, path, image_column, label_column))
     if not lines:
         raise MaekitError("E-DATA-EMPTY", f"{path} lists no images")
-    _check(lines, path)
+    root, lines = _root(lines, path)
+    _check(lines, path, root)
     lines.sort(key=lambda line: line[1])
     labels = known = None
     if lines[0][2]:
         names = [label for _, _, label in lines]
         labels, known = number(names, in_order(names), classes, name)
     paths = [where for _, where, _ in lines]
-    return FileSource(name, [PurePath(where).as_posix() for where in paths], paths, labels, known, str(path.parent))
+    return FileSource(name, [PurePath(where).as_posix() for where in paths], paths, labels, known, str(root))
 
 
 def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> MaekitError:
@@ -116,7 +123,28 @@ def _path_cell(cells: list[str], at: int, path: Path, line: int) -> str:
     return os.path.normpath(value)
 
 
-def _check(lines: Iterable[Line], path: Path) -> None:
+def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
+    """Return the folder that the paths start from, and the lines with paths from there.
+
+    It is the list's own; or, where the first image is not there, the one folder beside the list in which it is.
+    """
+    at, first, _ = lines[0]
+    here = path.parent
+    if "\0" in first or os.path.lexists(here / first):
+        return here, lines
+    inside = first.lstrip("/\\")
+    found = [one for one in sorted(here.iterdir()) if one.is_dir() and os.path.lexists(one / inside)]
+    if os.path.lexists(here / inside):
+        found = [here]
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found[:5])
+        raise _refuse(path, at, f"{inside} in {names}", "the image in one folder beside the list")
+    if not found:
+        return here, lines
+    return found[0], [(number_, where.lstrip("/\\"), label) for number_, where, label in lines]
+
+
+def _check(lines: Iterable[Line], path: Path, root: Path) -> None:
     """Refuse lines twice there, lines without a label beside lines with one, and files that do not exist."""
     first: dict[str, int] = {}
     labelled = any(label for _, _, label in lines)
@@ -126,5 +154,5 @@ def _check(lines: Iterable[Line], path: Path) -> None:
         first[where] = at
         if labelled and not label:
             raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
-        if "\0" in where or not os.path.lexists(path.parent / where):
-            raise _refuse(path, at, f"no file {where}", f"a path relative to {path.parent}")
+        if "\0" in where or not os.path.lexists(root / where):
+            raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")

@@ -27,7 +27,7 @@ from maekit.errors import MaekitError
 
 CACHE_BYTES = 2**29
 """Bytes of decoded image columns that one process keeps."""
-LABEL_COLUMNS = ("label", "labels", "class", "target")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
 """Names under which a label column is looked for, in this order."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 """Names that decide between several columns of image bytes."""

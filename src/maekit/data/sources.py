@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from maekit.data.annotations import PARTS, open_annotations
 from maekit.data.image import SUFFIXES
 from maekit.data.lists import SUFFIX as LIST_SUFFIX
 from maekit.data.lists import open_list
@@ -32,6 +33,8 @@ BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_NAMES = ("fashion",)
 VAL_NAMES = ("val", "valid", "validation", "test")
 """Names of the held-out part on disk; the first one present is taken."""
+PICKLED = ("batches.meta", "data_batch_1", "meta")
+"""Files of CIFAR's own archives, which are Python pickles."""
 NO_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|pipe:|\||-$")
 """What looks like a URL, a shell command or standard input."""
 
@@ -44,13 +47,13 @@ def open_source(
     label_column: str | None = None,
     classes: list[str] | None = None,
 ) -> Source:
-    """Open a folder, a list file, a parquet file, a folder of parquet files, or ``builtin:fashion``.
+    """Open a folder, a list file, a JSON file of annotations, parquet files or a folder of them, ``builtin:fashion``.
 
     Args:
         path: where the images are.
         split: "train" or "val": that part on disk (``D/train`` and ``D/val|test``, ``train.parquet`` and
-            ``val|test.parquet``), otherwise made by `hold_out`; "train-or-all", "val-or-all": all images then.
-            None: all images in any case.
+            ``val|test.parquet``, ``train2018.json`` and ``val2018.json``), otherwise made by `hold_out`;
+            "train-or-all", "val-or-all": all images then. None: all images in any case.
         image_column: parquet or list column with the image; found by content or name when None.
         label_column: column with the label; one of `parquet.LABEL_COLUMNS` when None.
         classes: class names of another source: labels are numbered like there, unknown names are refused.
@@ -97,6 +100,8 @@ def _part(place: Path, names: tuple[str, ...]) -> list[Path]:
             return [place / name]
         if files := [file for file in _parquets(place) if file.stem == name or file.stem.startswith(f"{name}-")]:
             return files
+        if name in PARTS and (files := [one for one in sorted(place.iterdir()) if PARTS[name].fullmatch(one.name)]):
+            return files[:1]
     return []
 
 
@@ -117,7 +122,7 @@ def _place(path: str | Path) -> Path:
         if name not in BUILTIN_NAMES:
             raise MaekitError("E-DATA-PATH", "no such built-in data set", found=text, expected="builtin:fashion")
         return BUILTIN / name
-    expected = "a folder, a list file (.txt, .csv, .tsv), a .parquet file or folder, or builtin:fashion"
+    expected = "a folder, a list (.txt, .csv, .tsv, .json), a .parquet file or folder, or builtin:fashion"
     if NO_PATH.match(text):
         hint = "download the data first; nothing is fetched or executed here"
         raise MaekitError("E-DATA-PATH", "not a path", found=text, expected=expected, hint=hint)
@@ -147,16 +152,19 @@ class _Opener:
                 return open_folder(place, self.name, classes, depth)
         if places[0].suffix.lower() == ".parquet":
             return open_parquet(places, self.name, classes=classes, **self.columns)
+        if place.suffix.lower() == ".json":
+            self._no_columns(place)
+            return open_annotations(place, self.name, classes=classes)
         if place.suffix.lower() in LIST_SUFFIX:
             return open_list(place, self.name, classes=classes, **self.columns)
-        expected = "a folder, a list file (.txt, .csv, .tsv) or a .parquet file"
+        expected = "a folder, a list file (.txt, .csv, .tsv), a .json of annotations or a .parquet file"
         raise MaekitError("E-DATA-PATH", f"cannot use {place}", found="a file of another kind", expected=expected)
 
     def _no_columns(self, place: Path) -> None:
         for setting, column in self.columns.items():
             if column is not None:
                 raise MaekitError(
-                    "E-DATA-COLUMN", f"setting {setting}", found=f"{place}, a folder of images without columns",
+                    "E-DATA-COLUMN", f"setting {setting}", found=f"{place}, which has no columns",
                     expected="a list or parquet file", hint=f"no --{setting.replace('_', '-')}",
                 )  # fmt: skip
 
@@ -173,7 +181,11 @@ def open_folder(folder: Path, name: str, classes: list[str] | None = None, depth
     keys, others = _listing(folder)
     if not keys:
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no visible file"
-        raise MaekitError("E-DATA-EMPTY", f"no images in {folder}", found=found, expected=" ".join(sorted(SUFFIXES)))
+        pickles = any((folder / name).is_file() for name in PICKLED)
+        hint = "the data set's parquet files; pickles hold code, so they are not opened" if pickles else None
+        raise MaekitError(
+            "E-DATA-EMPTY", f"no images in {folder}", found=found, expected=" ".join(sorted(SUFFIXES)), hint=hint
+        )
     ids = [_id(key) for key in keys]
     parts = [one.split("/") for one in ids]
     if any(len(one) < depth + 2 for one in parts):

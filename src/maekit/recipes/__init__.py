@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maekit.errors import MaekitError, clean
-from maekit.recipes import builtin, paper, small
+from maekit.recipes import builtin, paper, small, transfer
 from maekit.recipes.cited import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe[Any]]] = {
@@ -40,6 +40,15 @@ RECIPES: dict[str, Callable[[], Recipe[Any]]] = {
     "paper/scratch-vit-b16": paper.scratch_vit_b16,
     "paper/scratch-vit-l16": paper.scratch_vit_l16,
     "paper/scratch-vit-h14": paper.scratch_vit_h14,
+    "transfer/finetune-inat17": transfer.finetune_inat17,
+    "transfer/finetune-inat18": transfer.finetune_inat18,
+    "transfer/finetune-inat19": transfer.finetune_inat19,
+    "transfer/finetune-places205": transfer.finetune_places205,
+    "transfer/finetune-places365": transfer.finetune_places365,
+    "transfer/finetune-cifar-224": transfer.finetune_cifar_224,
+    "own/finetune-hundreds": transfer.finetune_hundreds,
+    "own/finetune-thousands": transfer.finetune_thousands,
+    "own/finetune-million": transfer.finetune_million,
 }
 
 

@@ -1,0 +1,209 @@
+"""A fine-tuned classifier and labelled images of its classes: what the verbs have in common that only score one."""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from maekit.config import load_yaml
+from maekit.data.augment import default_crop_pct
+from maekit.data.loader import Batch, Loader, View
+from maekit.data.sources import Source, open_source
+from maekit.errors import MaekitError
+from maekit.interchange.weights import load_classifier
+from maekit.settings import Settings
+from maekit.tasks.run_folder import Resolved, Run, describe, same_data
+from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
+from maekit.train import checkpoint
+from maekit.train.device import World, resolve_precision
+from maekit.train.loop import autocast
+
+log = logging.getLogger("maekit")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A classifier, ready to be scored.
+
+    Attributes:
+        model: in eval mode on the device.
+        classes: names by output; empty if it has none.
+        size: H, W of its images in pixels.
+        mean: of each channel, as std.
+        std: of each channel, in units of 0..1.
+        crop_pct: part of the resized image that it sees.
+        precision: "fp32" | "bf16" | "fp16".
+        digest: of its weights.
+    """
+
+    model: VisionTransformer
+    classes: list[str]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    precision: str
+    digest: str
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the head."""
+        return int(self.model.num_classes)
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.model.patch_embed.num_patches
+
+
+def load_scored(path: Path | None, here: World, *, crop_pct: float | None, precision: str) -> Scored:
+    """Load a classifier; the crop is the one asked for, that of its run, or the usual one of its size.
+
+    Raises:
+        MaekitError: E-USAGE-RUN without a path, E-CKPT-KIND for weights without a head, E-CKPT-.
+    """
+    if path is None:
+        raise MaekitError("E-USAGE-RUN", "no classifier named", hint="a run of maekit finetune as first argument")
+    found = load_classifier(path)
+    digest = checkpoint.state_sha256({"model": found.model.state_dict()}, {})
+    size = (int(found.spec["img_size"][0]), int(found.spec["img_size"][1]))
+    return Scored(
+        found.model.to(here.device),
+        found.classes,
+        size,
+        tuple(found.spec["mean"]),
+        tuple(found.spec["std"]),
+        crop_pct or _crop_of_run(path) or default_crop_pct(size),
+        resolve_precision(precision, here.device, found.model.embed_dim),
+        digest,
+    )
+
+
+def _crop_of_run(path: Path) -> float | None:
+    file = path / "config.yaml"
+    value = load_yaml(file).get("crop_pct") if file.is_file() else None
+    return None if value is None else float(value)
+
+
+def labelled(settings: Any, scored: Scored) -> Source:
+    """Open labelled images of the classifier's classes: the part that fine-tuning holds out, or ``--all-images``.
+
+    Raises:
+        MaekitError: E-USAGE-DATA, E-DATA-LABELS, E-DATA-CLASSES.
+    """
+    if settings.data is None:
+        raise MaekitError("E-USAGE-DATA", "no labelled images named", hint="--data FOLDER, or --data builtin:fashion")
+    source = open_source(
+        settings.data,
+        "val-or-all" if settings.all_images else "val",
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        classes=scored.classes or None,
+    )
+    if source.labels is None:
+        raise MaekitError(
+            "E-DATA-LABELS",
+            f"{settings.data} has no labels",
+            expected="class folders, a list with labels or a parquet label column",
+            hint="maekit data PATH",
+        )
+    if len(source.classes or []) != scored.num_outputs:
+        raise MaekitError(
+            "E-DATA-CLASSES",
+            f"classes of {settings.data}",
+            found=len(source.classes or []),
+            expected=f"{scored.num_outputs}, as the classifier has outputs",
+            hint="the data that it was fine-tuned on",
+        )
+    return limited(source, settings.limit, settings.seed)
+
+
+def limited(source: Source, limit: int | None, seed: int) -> Source:
+    """Return at most `limit` images, by a hash of (seed, id): the same ones of every copy of a data set."""
+    if limit is None or limit >= len(source):
+        return source
+    return source.subset(chosen(source.ids, limit, seed))
+
+
+def chosen(ids: Sequence[str], limit: int, seed: int) -> list[int]:
+    """Return the sorted places of `limit` of the ids."""
+    order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed}:{ids[i]}".encode()).digest())
+    return sorted(order[:limit])
+
+
+def image_loader(
+    source: Source, view: View, scored: Scored, here: World, settings: Any, *, seed: int = 0, num_noise: int = 0
+) -> Loader:
+    """Return the loader of a sweep over all images."""
+    channels_of(source, len(scored.mean))
+    return Loader(
+        source,
+        view,
+        batch_size=len(source),
+        micro_batch=max(1, PATCHES_PER_PASS // scored.num_patches),
+        mean=scored.mean,
+        std=scored.std,
+        seed=seed,
+        num_noise=num_noise,
+        workers=number_of_workers(settings.workers, len(source), scored.size),
+        device=here.device,
+        rank=here.rank,
+        world=here.size,
+    )
+
+
+@torch.no_grad()
+def predictions(
+    loader: Loader, scored: Scored, here: World, predict: Callable[[Batch], Tensor], title: str, columns: int = 1
+) -> Tensor:
+    """Return what `predict` says of each image, (n, 1 + V) long: index of the image, then V outputs.
+
+    Each image once at any number of processes, in order; one that stood in for an unreadable one counts once.
+
+    Args:
+        predict: a batch on the device -> (B, V), or (B,) for V 1.
+        title: of the progress bar.
+        columns: V.
+    """
+    rows = [torch.zeros(0, 1 + columns, dtype=torch.long)]  # a process may have no image
+    for batch in tqdm(loader.sweep(), title, unit="batch", disable=not sys.stderr.isatty(), leave=False):
+        with autocast(scored.precision, here.device):
+            said = predict(batch)
+        rows.append(torch.cat([batch["ids"][:, None], said.reshape(len(said), -1)], 1).long().cpu())
+    table = here.gather(torch.cat(rows))
+    _, first = np.unique(table[:, 0].numpy(), return_index=True)
+    return table[torch.from_numpy(first)]
+
+
+def plain(scored: Scored) -> Callable[[Batch], Tensor]:
+    """Return the prediction of the classifier itself."""
+    return lambda batch: scored.model(batch["images"]).float().argmax(1)
+
+
+def accuracy(table: Tensor, accepted: Sequence[Sequence[int]]) -> list[float]:
+    """Return, for each column of predictions, the share of images of which an accepted output was said.
+
+    Args:
+        table: of `predictions`.
+        accepted: by image, the outputs that are right.
+    """
+    right = torch.tensor([[value in accepted[row[0]] for value in row[1:]] for row in table.tolist()])
+    return right.double().mean(0).tolist()
+
+
+def begin(settings: Settings, run: Run, here: World, source: Source, scored: Scored) -> None:
+    """Write config.yaml, or see that the images are those that the folder began with."""
+    fingerprint = source.fingerprint()
+    same_data(run, len(source), fingerprint)
+    here.barrier()
+    if here.is_main and run.resolved is None:
+        describe(run, settings, Resolved(images=len(source), fingerprint=fingerprint, classes=scored.classes or None))
