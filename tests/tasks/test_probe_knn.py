@@ -6,19 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 
 import maekit as package
 from maekit.config import load_yaml
 from maekit.interchange.weights import load_model
 from maekit.model.mae import create_model
 from maekit.recipes import find
+from maekit.scores.regression import STRENGTHS
 from maekit.settings import Probe
-from maekit.tasks.features import Features, knn_top1
+from maekit.tasks.features import Features
 from maekit.tasks.probe import PER_PASS, Probed, _loop, logistic_top1
 from maekit.tasks.training import micro_batch
 from maekit.train import checkpoint
@@ -33,33 +32,10 @@ def digits() -> tuple[Features, Features]:
     return tuple(Features(values[part], labels[part], part) for part in (order[:900], order[900:]))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (5, 1.0), (200, 0.02)])
-def test_the_vote_is_that_of_scikit_learn(k: int, temperature: float) -> None:
-    train, val = digits()
-    weights: Any = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
-    oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
-    expected = oracle.fit(train.values.numpy(), train.labels.numpy()).score(val.values.numpy(), val.labels.numpy())
-    found = knn_top1(train, val, num_classes=10, k=k, temperature=temperature)
-    assert found == pytest.approx(expected, abs=2 / len(val.labels)) and found > 0.9
-
-
-def test_more_neighbours_than_images_are_all_of_them() -> None:
-    train, val = digits()
-    few = Features(train.values[:10], train.labels[:10], train.index[:10])
-    score = knn_top1(few, val, num_classes=10, k=20, temperature=0.07)
-    assert score == knn_top1(few, val, num_classes=10, k=10, temperature=0.07)
-
-
-def test_a_tiny_temperature_does_not_overflow() -> None:
-    train, val = digits()
-    one = knn_top1(train, val, num_classes=10, k=1, temperature=0.07)
-    assert knn_top1(train, val, num_classes=10, k=20, temperature=1e-4) == pytest.approx(one, abs=0.01)
-
-
 def test_the_regression_solves_digits_and_chooses_a_strength() -> None:
     train, val = digits()
     top1, strength = logistic_top1(train, val, seed=0)
-    assert top1 > 0.94 and 1e-3 <= strength <= 1
+    assert top1 > 0.94 and strength in STRENGTHS
 
 
 def test_few_labels_of_a_class_are_enough_for_the_regression() -> None:

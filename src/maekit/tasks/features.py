@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from maekit.data.augment import EvalView, default_crop_pct
@@ -36,6 +35,11 @@ class Features:
     values: Tensor
     labels: Tensor
     index: Tensor
+
+    @property
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Features and labels, as `maekit.scores` takes them."""
+        return self.values, self.labels
 
 
 def labelled_splits(settings: Any) -> tuple[Source, Source]:
@@ -156,19 +160,3 @@ def _each_once(features: Features) -> Features:
     rows = {image: row for row, image in enumerate(features.index.tolist())}
     chosen = torch.tensor([rows[image] for image in sorted(rows)])
     return Features(features.values[chosen], features.labels[chosen], features.index[chosen])
-
-
-def knn_top1(train: Features, val: Features, *, num_classes: int, k: int, temperature: float) -> float:
-    """Return the share of `val` whose class wins a vote of its `k` nearest neighbours in `train`.
-
-    Cosine similarity; a neighbour of similarity s weighs exp(s / temperature) (DINO, arXiv 2104.14294, appendix F.1;
-    k 20 and temperature .07 there).
-    """
-    bank, votes = F.normalize(train.values, dim=1), F.one_hot(train.labels, num_classes).float()
-    k, right = min(k, len(bank)), 0
-    for queries, labels in zip(F.normalize(val.values, dim=1).split(1024), val.labels.split(1024), strict=True):
-        similarity, nearest = (queries @ bank.T).topk(k, dim=1)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest: 1, so none overflows
-        scores = (votes[nearest] * weights.unsqueeze(-1)).sum(1)
-        right += int((scores.argmax(1) == labels).sum())
-    return right / len(val.labels)

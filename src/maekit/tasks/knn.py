@@ -3,9 +3,10 @@
 from typing import Any
 
 from maekit.errors import MaekitError
+from maekit.scores.neighbours import knn_top1
 from maekit.settings import Knn
 from maekit.tasks import Result
-from maekit.tasks.features import extract_both, knn_top1, labelled_splits, load_encoder, pixels
+from maekit.tasks.features import extract_both, labelled_splits, load_encoder, pixels
 from maekit.tasks.run_folder import typed
 from maekit.train.device import world
 
@@ -31,7 +32,7 @@ def knn(settings: Knn | dict[str, Any]) -> Result:
             parts = extract_both(model, train, val, here, settings)
     num_classes = len(train.classes or [])
     k = min(settings.k, len(parts[0].index))
-    top1 = knn_top1(*parts, num_classes=num_classes, k=k, temperature=settings.temperature)
+    top1 = knn_top1(*(part.labelled for part in parts), num_classes=num_classes, k=k, temperature=settings.temperature)
     what = "raw pixels" if settings.raw_pixels else "random encoder" if settings.random_init else str(settings.run)
     metrics = {
         "run": str(settings.run),

@@ -2,12 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +11,7 @@ from maekit.errors import MaekitError
 from maekit.interchange.weights import metadata
 from maekit.model.heads import LinearHead
 from maekit.model.mae import MaskedAutoencoder
+from maekit.scores.regression import choose, standardise
 from maekit.seeds import seed_all
 from maekit.settings import Loop, Probe
 from maekit.tasks import Result
@@ -29,8 +24,6 @@ from maekit.train.loop import Plan, fit
 from maekit.train.optim import lars
 from maekit.train.schedule import schedule
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse regularisation strengths among which a fifth of the training labels decides."""
 PER_PASS = 512
 """Images in one pass of the lars protocol: batch norm is over as many as on each GPU of official main_linprobe.py."""
 
@@ -97,25 +90,9 @@ def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, 
     Returns:
         top-1 on `val`, and the strength C chosen (inverse regularisation, as in scikit-learn).
     """
-    # one thread: the matrices are small, and several threads wait for each other on a busy machine
-    with threadpool_limits(1):
-        return _logistic_top1(train, val, seed)
-
-
-def _logistic_top1(train: Features, val: Features, seed: int) -> tuple[float, float]:
-    x, y = train.values.numpy(), train.labels.numpy()
-    fewest = np.bincount(y)[np.unique(y)].min()
-    strength = STRENGTHS[-2]
-    if fewest >= 5:  # else a fifth would leave classes out
-        fit_x, held_x, fit_y, held_y = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed % 2**32)
-        scores = [_regression(c).fit(fit_x, fit_y).score(held_x, held_y) for c in STRENGTHS]
-        strength = STRENGTHS[int(np.argmax(scores))]
-    solved = _regression(strength).fit(x, y)
-    return float(solved.score(val.values.numpy(), val.labels.numpy())), strength
-
-
-def _regression(strength: float) -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-3, max_iter=2000))
+    x, queries = standardise(train.values, val.values)
+    solved = choose(x, train.labels, int(train.labels.max()) + 1, seed=seed).solved
+    return solved.top1(queries, val.labels), solved.strength
 
 
 class Probed(nn.Module):

@@ -17,7 +17,6 @@ from typing import Any
 
 import timm
 import torch
-from torch.nn import functional as F
 
 from maekit import __version__
 from maekit.config import dump_yaml, resolve
@@ -32,10 +31,11 @@ from maekit.report.grids import reconstruction_grid, write_png
 from maekit.report.page import Figure, Section, Table, write_report
 from maekit.report.plots import bars, curves
 from maekit.report.reconstruction import ratio_figure, reconstruct_images
+from maekit.scores.neighbours import knn_top1, nearest
 from maekit.seeds import seed_all
 from maekit.settings import Finetune, Pretrain, Quickstart
 from maekit.tasks import Result
-from maekit.tasks.features import Features, extract, knn_top1, pixels
+from maekit.tasks.features import Features, extract, pixels
 from maekit.tasks.finetune import finetune
 from maekit.tasks.pretrain import pretrain, some_images
 from maekit.tasks.probe import logistic_top1
@@ -259,7 +259,7 @@ def _measure(
     classes = len(parts[0].classes or [])
     knn, probe = {}, {}
     for name, (bank, queries) in arms.items():
-        knn[name] = knn_top1(bank, queries, num_classes=classes, k=20, temperature=0.07)
+        knn[name] = knn_top1(bank.labelled, queries.labelled, classes, k=20, temperature=0.07)
         probe[name] = logistic_top1(bank, queries, seed=settings.seed)[0]
         log.info("%s: kNN %.4f, linear probe %.4f", name, knn[name], probe[name])
     return knn, probe
@@ -405,11 +405,10 @@ def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Sect
 
 def _neighbours(parts: list[Source], ours: list[Features], model: MaskedAutoencoder) -> Any:
     """Return a grid: held-out image, then its nearest training images."""
-    bank, queries = (F.normalize(part.values, dim=1) for part in ours)
+    bank, queries = (part.values for part in ours)
     asked = [i * len(queries) // 8 for i in range(min(8, len(queries)))]
-    nearest = (queries[asked] @ bank.T).topk(min(5, len(bank)), dim=1).indices
     rows = []
-    for query, found in zip(asked, nearest.tolist(), strict=True):
+    for query, found in zip(asked, nearest(bank, queries[asked], 5).index.tolist(), strict=True):
         left = some_images(parts[1].subset([int(ours[1].index[query])]), model, 1)
         right = [some_images(parts[0].subset([int(ours[0].index[i])]), model, 1) for i in found]
         rows.append([(image[0] * 255).round().clamp(0, 255).byte() for image in (left, *right)])
