@@ -221,6 +221,15 @@ class Labels(Settings):
     )
 
 
+class Kept(Settings):
+    """Feature cache"""
+
+    cache: str | None = setting(
+        "auto", "folder that keeps features between calls; auto: RUN/features where RUN is a run folder; none: nowhere",
+        resume="free",
+    )  # fmt: skip
+
+
 class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     """Train encoder and head on labelled images."""
 
@@ -254,7 +263,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1, resume="free")
 
 
-class Probe(Images, Labels, Machine):
+class Probe(Images, Labels, Kept, Machine):
     """Score frozen features with a linear classifier."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
@@ -302,7 +311,7 @@ class Probe(Images, Labels, Machine):
     """Settings of training, which a regression that is solved has not."""
 
 
-class Knn(Images, Labels, Machine):
+class Knn(Images, Labels, Kept, Machine):
     """Score frozen features by their nearest neighbours."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
