@@ -37,6 +37,19 @@ def _pair(value: Any) -> Any:
     return tuple(value) * 2 if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
+def _at_commas(value: Any) -> Any:
+    """Read ``1,5,20`` as three, from a list also where each of its texts holds several."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, list | tuple):
+        return [part.strip() if isinstance(part, str) else part for each in value for part in _parted(each)]
+    return [value]
+
+
+def _parted(value: Any) -> list[Any]:
+    return value.split(",") if isinstance(value, str) else [value]
+
+
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("the smaller value first")
@@ -47,6 +60,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
+Commas = BeforeValidator(_at_commas)
+"""Of a list that is one word on the command line: ``--k 1,5,20``."""
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], Commas, Field(min_length=1)]
+Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_length=1)]
+Pool = Literal["mean", "cls"]
+Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
 
@@ -264,41 +283,53 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
 
 
 class Probe(Images, Labels, Kept, Machine):
-    """Score frozen features with a linear classifier."""
+    """Score frozen features with a small classifier: solved or trained, after one block or all."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights")
+    labels: str | None = setting(
+        None, "part of the training labels: 10/class, 1%, 100% or a count; logistic: several, as 1%,10%; default: all"
+    )
     out: Path | None = setting(
-        None, "folder for result.json; the lars protocol keeps its checkpoints there", resume="free"
-    )
-    protocol: Literal["logistic", "lars"] = setting(
-        "logistic",
-        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained, momentum .9, "
-        "trust .001 (T10)",
-    )
-    pool: Literal["mean", "cls"] | None = setting(
-        None, "mean of patch tokens, or the class token; default: mean; lars: cls where there is one (OFF)"
-    )
-    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
-    epochs: float | None = setting(None, "lars: passes over the data; default: 90 (T10)", gt=0)
-    batch_size: int | None = setting(None, "lars: global batch; default: 1024 (T10: 16384)", ge=1)
-    micro_batch: AutoCount = setting(
-        "auto",
-        "lars: images per process and pass, which are one batch of the batch norm; auto: up to 512 (OFF)",
+        None,
+        "folder for result.json, table and plot; the trained protocols keep their checkpoints there",
         resume="free",
     )
-    base_lr: float | None = setting(None, "lars: learning rate per 256 images; default: 0.1 (T10)", gt=0)
+    protocol: Literal["logistic", "lars", "attentive"] = setting(
+        "logistic",
+        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained, momentum .9, "
+        "trust .001 (T10); attentive: a query that attends to the patch tokens + linear layer, AdamW (CAE, 2202.03026)",
+    )
+    pool: Pool | Pools | None = setting(
+        None,
+        "mean of patch tokens, or the class token; logistic: also mean,cls; default: mean; lars: cls where there is "
+        "one (OFF)",
+    )
+    layers: Counts | Literal["all"] | None = setting(
+        None, "logistic: blocks after which to probe, counted from 1, as 6,9,12, or all; default: the last"
+    )
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+    epochs: float | None = setting(None, "trained: passes over the data; default: 90 (T10)", gt=0)
+    batch_size: int | None = setting(None, "trained: global batch; default: 1024 (T10: 16384)", ge=1)
+    micro_batch: AutoCount = setting(
+        "auto",
+        "trained: images per process and pass; lars: one batch of the batch norm, auto: up to 512 (OFF)",
+        resume="free",
+    )
+    base_lr: float | None = setting(
+        None, "trained: learning rate per 256 images; default: 0.1 (T10); attentive: 1e-3", gt=0
+    )
     warmup_epochs: float | None = setting(
-        None, "lars: linear warm-up from 0; default: 10 (T10), or a ninth of fewer than 90 epochs", ge=0
+        None, "trained: linear warm-up from 0; default: 10 (T10), or a ninth of fewer than 90 epochs", ge=0
     )
-    weight_decay: float | None = setting(None, "lars: weight decay; default: 0 (T10)", ge=0)
+    weight_decay: float | None = setting(None, "trained: weight decay; default: 0 (T10); attentive: 0.05", ge=0)
     crop_scale: Shares | None = setting(
-        None, "lars: area range of the random crop; default: .08 1 (OFF); 1 1: whole image"
+        None, "trained: area range of the random crop; default: .08 1 (OFF); 1 1: whole image"
     )
-    flip: bool | None = setting(None, "lars: mirror half of the images; default: yes (OFF)")
+    flip: bool | None = setting(None, "trained: mirror half of the images; default: yes (OFF)")
 
-    only_for_lars: ClassVar[tuple[str, ...]] = (
+    only_trained: ClassVar[tuple[str, ...]] = (
         "epochs",
         "batch_size",
         "micro_batch",
@@ -317,10 +348,12 @@ class Knn(Images, Labels, Kept, Machine):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights")
-    pool: Literal["mean", "cls"] | None = setting(None, "mean of patch tokens, or the class token; default: mean")
-    k: int = setting(20, "neighbours that vote", ge=1)
-    temperature: float = setting(
-        0.07, "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294)", gt=0
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    k: Counts = setting([20], "neighbours that vote; several for a table, as 1,5,20: the first is the score")
+    temperature: Temperatures = setting(
+        [0.07],
+        "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294); several, as .05,.1: the first "
+        "is the score",
     )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
     raw_pixels: bool = setting(False, "no encoder: neighbours by the pixels themselves, for comparison")

@@ -51,6 +51,16 @@ def labelled_splits(settings: Any) -> tuple[Source, Source]:
     """Return the training part (cut down to ``--labels``) and the part to score on.
 
     Raises:
+        MaekitError: as `whole_splits`; E-USAGE-LABELS.
+    """
+    train, val = whole_splits(settings)
+    return train.subset(label_subset(train, settings.labels, settings.label_seed)), val
+
+
+def whole_splits(settings: Any) -> tuple[Source, Source]:
+    """Return all of the training part and the part to score on.
+
+    Raises:
         MaekitError: E-USAGE-DATA without ``--data``, E-DATA-LABELS without labels, E-DATA-CLASSES.
     """
     if settings.data is None:
@@ -79,7 +89,7 @@ def labelled_splits(settings: Any) -> tuple[Source, Source]:
         classes=train.classes,
         **columns,
     )
-    return train.subset(label_subset(train, settings.labels, settings.label_seed)), val
+    return train, val
 
 
 def load_encoder(settings: Any, world: World) -> MaskedAutoencoder:
@@ -204,6 +214,12 @@ def _each_once(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def _labelled(source: Source, values: Tensor, index: Tensor) -> Features:
     labels = torch.full_like(index, -1) if source.labels is None else torch.tensor(source.labels)[index]
     return Features(values, labels, index)
+
+
+def rows_of(features: Features, images: list[int]) -> Features:
+    """Return the features of these images of the source, but those that could not be read."""
+    chosen = torch.isin(features.index, torch.tensor(images, dtype=torch.long))
+    return Features(features.values[chosen], features.labels[chosen], features.index[chosen])
 
 
 def extract_both(
