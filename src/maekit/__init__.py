@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         Finetune,
         Inspect,
         Knn,
+        Lowshot,
         Pretrain,
         Probe,
         Quickstart,
         Reconstruct,
+        Retrieve,
     )
     from maekit.tasks import Result
     from maekit.tasks.convert import convert
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
     from maekit.tasks.finetune import finetune
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
+    from maekit.tasks.lowshot import lowshot
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
     from maekit.tasks.reconstruct import reconstruct
+    from maekit.tasks.retrieve import retrieve
 
 __version__ = "0.1.0"
 
@@ -46,6 +50,7 @@ __all__ = [
     "Finetune",
     "Inspect",
     "Knn",
+    "Lowshot",
     "MaekitError",
     "MaskedAutoencoder",
     "Pretrain",
@@ -53,6 +58,7 @@ __all__ = [
     "Quickstart",
     "Reconstruct",
     "Result",
+    "Retrieve",
     "__version__",
     "convert",
     "create_model",
@@ -62,10 +68,12 @@ __all__ = [
     "inspect",
     "knn",
     "load_model",
+    "lowshot",
     "pretrain",
     "probe",
     "quickstart",
     "reconstruct",
+    "retrieve",
     "save_model",
 ]
 
@@ -81,10 +89,12 @@ _HOMES = {
         "Finetune",
         "Inspect",
         "Knn",
+        "Lowshot",
         "Pretrain",
         "Probe",
         "Quickstart",
         "Reconstruct",
+        "Retrieve",
     ),
     "maekit.tasks": ("Result",),
     "maekit.tasks.convert": ("convert",),
@@ -93,10 +103,12 @@ _HOMES = {
     "maekit.tasks.finetune": ("finetune",),
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
+    "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),
     "maekit.tasks.reconstruct": ("reconstruct",),
+    "maekit.tasks.retrieve": ("retrieve",),
 }
 
 

@@ -87,6 +87,18 @@ VERBS: dict[str, Verb] = {
             "maekit knn runs/a --data my_classes --k 1,5,20 --json",
         ),
     ),
+    "lowshot": Verb(
+        settings.Lowshot,
+        "maekit.tasks.lowshot",
+        "lowshot",
+        ("maekit lowshot runs/a --data my_classes", "maekit lowshot runs/a --data my_classes --shots 1,5 --draws 100"),
+    ),
+    "retrieve": Verb(
+        settings.Retrieve,
+        "maekit.tasks.retrieve",
+        "retrieve",
+        ("maekit retrieve runs/a --data my_photos", "maekit retrieve runs/a --data my_photos --k 10 --out pictures"),
+    ),
     "reconstruct": Verb(
         settings.Reconstruct,
         "maekit.tasks.reconstruct",

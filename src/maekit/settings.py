@@ -230,14 +230,19 @@ class Pretrain(Images, Size, Statistics, Autoencoder, Loop, Machine):
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
 
 
-class Labels(Settings):
+class Held(Settings):
+    """Labels"""
+
+    val_data: str | None = setting(
+        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 % per class held out by a hash"
+    )
+
+
+class Labels(Held):
     """Labels"""
 
     labels: str | None = setting(None, "part of the training labels: 10/class, 1%, 100% or a count; default: all")
     label_seed: int = setting(0, "which images that part holds; the same for every arm compared", ge=0, lt=2**63)
-    val_data: str | None = setting(
-        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 % per class held out by a hash"
-    )
 
 
 class Kept(Settings):
@@ -357,6 +362,34 @@ class Knn(Images, Labels, Kept, Machine):
     )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
     raw_pixels: bool = setting(False, "no encoder: neighbours by the pixels themselves, for comparison")
+
+
+class Lowshot(Images, Held, Kept, Machine):
+    """Score frozen features with few labels a class, over many draws of them."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    shots: Counts = setting([1, 2, 5, 10], "labels a class, as 1,5,10")
+    draws: int = setting(20, "draws of the labels", ge=1, le=10_000)
+    label_seed: int = setting(0, "of the first draw; the others follow", ge=0, lt=2**62)
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+
+
+class Retrieve(Images, Held, Kept, Machine):
+    """Show the training images nearest to held-out ones."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    k: int = setting(6, "nearest images shown for each", ge=1, le=100)
+    queries: int = setting(8, "held-out images in the picture, evenly spaced", ge=1, le=1000)
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+    out: Path | None = setting(
+        None, "folder for neighbours.png and neighbours.csv; default: RUN/retrieve", resume="free"
+    )
 
 
 class Reconstruct(Machine):

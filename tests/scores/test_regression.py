@@ -114,8 +114,12 @@ def test_the_chosen_strength_does_best_on_labels_held_out_of_training() -> None:
     x, y, val, val_y = digits()
     choice = choose(x, y, 10, seed=0)
     held = spare(y, 0)
-    scores = {c: theirs(x[~held], y[~held], c).score(x[held].numpy(), y[held].numpy()) for c in STRENGTHS[4:11]}
-    assert choice.held_top1 is not None and choice.held_top1 >= max(scores.values()) - 1 / int(held.sum())
+    losses = {}
+    for strength in STRENGTHS[8:13]:
+        probabilities = torch.from_numpy(theirs(x[~held], y[~held], strength).predict_proba(x[held].numpy()))
+        losses[strength] = float(F.nll_loss(probabilities.log(), y[held]))
+    assert choice.solved.strength == min(losses, key=lambda strength: losses[strength])
+    assert choice.held_loss == pytest.approx(min(losses.values()), rel=1e-3)
     assert choice.solved.top1(val, val_y) > 0.94
     again = theirs(x, y, choice.solved.strength)
     assert choice.solved.top1(val, val_y) == pytest.approx(again.score(val.numpy(), val_y.numpy()), abs=0.005)
@@ -125,5 +129,5 @@ def test_one_label_a_class_leaves_nothing_to_choose_by() -> None:
     x, y, val, val_y = digits()
     first = torch.stack([(y == label).nonzero()[0, 0] for label in range(10)])
     choice = choose(x[first], y[first], 10, seed=0)
-    assert choice.held_top1 is None and choice.solved.strength == UNCHOSEN
+    assert choice.held_top1 is choice.held_loss is None and choice.solved.strength == UNCHOSEN
     assert choice.solved.top1(val, val_y) > 0.4

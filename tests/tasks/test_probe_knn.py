@@ -211,7 +211,7 @@ def test_a_sweep_scores_each_block_pooling_and_part_of_the_labels_as_each_alone(
     expected = [(l, p, s) for s in ("3/class", "100%") for l in (1, 2, 3) for p in ("mean", "cls")]  # noqa: E741
     assert [(row["layer"], row["pool"], row["labels"]) for row in rows] == expected
     assert [row["train_images"] for row in rows] == [30] * 6 + [240] * 6
-    best = max(rows[6:], key=lambda row: row["held_top1"])
+    best = max(rows[6:], key=lambda row: (row["held_top1"], -row["held_loss"]))
     assert done.json["top1"] == best["top1"] and (done.json["layer"], done.json["pool"]) == (
         best["layer"],
         best["pool"],
@@ -223,7 +223,7 @@ def test_a_sweep_scores_each_block_pooling_and_part_of_the_labels_as_each_alone(
         ).json  # fmt: skip
         assert alone["top1"] == pytest.approx(row["top1"], abs=0.021) and "sweep" not in alone
     table = (tmp_path / "run/sweep.csv").read_text().splitlines()
-    assert len(table) == 13 and table[0] == "layer,pool,labels,train_images,strength,held_top1,top1"
+    assert len(table) == 13 and table[0] == "layer,pool,labels,train_images,strength,held_top1,held_loss,top1"
     svg = (tmp_path / "run/sweep.svg").read_text()
     assert svg.startswith("<svg") and "100% cls" in svg and "block" in svg
     text = maekit(*words, *several).stdout

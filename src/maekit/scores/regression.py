@@ -27,8 +27,8 @@ FLATTENED = 0.3
 MOST_ITERATIONS = 2000
 STRENGTHS = tuple(10.0 ** (half / 2) for half in range(-10, 5))
 """Strengths C among which held-out labels decide: 1e-5 to 100 in half decades."""
-PATIENCE = 4
-"""The search ends after so many strengths in a row that brought nothing: two decades."""
+PATIENCE = 3
+"""The search ends after so many strengths in a row that brought nothing."""
 UNCHOSEN = 0.1
 """Strength where no label can be spared to choose one."""
 
@@ -72,12 +72,16 @@ class Problem:
     """
 
     def __init__(self, x: Tensor, y: Tensor, num_classes: int) -> None:
-        self.x, self.num_classes = x, num_classes
+        self.x, self.basis, self.num_classes = x, None, num_classes
         self.present, self.y = y.unique(return_inverse=True)
         if len(self.present) < 2:
             raise MaekitError(
                 "E-DATA-CLASSES", "a classifier", found=f"labels of {len(self.present)} class", expected="two or more"
             )
+        if len(x) < x.shape[1]:
+            # the penalty keeps the weights within what the samples span (the representer theorem)
+            self.basis = torch.linalg.svd(x, full_matrices=False).Vh.T
+            self.x = x = x @ self.basis
         self.mean = x.mean(0)
         covariance = (x.T @ x) / len(x) - torch.outer(self.mean, self.mean)
         self.moments, self.axes = torch.linalg.eigh(covariance)
@@ -131,6 +135,7 @@ class _Solver:
         point = problem.x.new_zeros(problem.x.shape[1] + 1, len(problem.present))
         if start is not None:
             weight, bias = start.weight[:, problem.present], start.bias[problem.present]
+            weight = weight if problem.basis is None else problem.basis.T @ weight
             point[:-1], point[-1] = weight, (bias + problem.mean @ weight).nan_to_num(neginf=0.0)
         return point, self._logits(point)
 
@@ -204,9 +209,10 @@ class _Solver:
         logits = self._logits(point).double()
         penalty = self.decay / 2 * float(point[:-1].double().square().sum())
         loss = float(F.cross_entropy(logits, problem.y)) + penalty
-        shape = (problem.x.shape[1], problem.num_classes)
-        weight, bias = point.new_zeros(shape), point.new_full(shape[1:], float("-inf"))
-        weight[:, problem.present] = point[:-1]
+        solved = point[:-1] if problem.basis is None else problem.basis @ point[:-1]
+        weight = point.new_zeros(len(solved), problem.num_classes)
+        bias = point.new_full((problem.num_classes,), float("-inf"))
+        weight[:, problem.present] = solved
         bias[problem.present] = point[-1] - problem.mean @ point[:-1]
         return Regression(weight, bias, self.strength, loss, gradient, iterations)
 
@@ -235,16 +241,20 @@ class Choice:
 
     Attributes:
         held_top1: accuracy on the held-out labels at that strength; None where none could be spared.
+        held_loss: mean cross-entropy on them.
     """
 
     solved: Regression
     held_top1: float | None
+    held_loss: float | None
 
 
 def choose(x: Tensor, y: Tensor, num_classes: int, *, seed: int) -> Choice:
-    """Solve with the strength of `STRENGTHS` that scores best on a fifth of the labels; the smallest of equals.
+    """Solve with the strength of `STRENGTHS` that has the lowest cross-entropy on a fifth of the labels.
 
-    From strong to weak, each solve starts where the one before ended.
+    Cross-entropy and not accuracy, of which a few held-out labels have few values: with 4 labels a class of
+    Fashion-MNIST, mean of 6 draws, it led to 0.425 top-1 and accuracy to 0.279, where the best strength had 0.460. From
+    strong penalties to weak, each solve starts where the one before ended.
 
     Args:
         x: (n, D), standardised.
@@ -255,16 +265,19 @@ def choose(x: Tensor, y: Tensor, num_classes: int, *, seed: int) -> Choice:
     whole = Problem(x, y, num_classes)
     held = spare(y.cpu(), seed).to(y.device)
     if not held.any():
-        return Choice(whole.solve(UNCHOSEN), None)
+        return Choice(whole.solve(UNCHOSEN), None, None)
     part = Problem(x[~held], y[~held], num_classes)
-    best, found, top1, since = UNCHOSEN, None, -1.0, 0
-    solved = None
-    for strength in STRENGTHS:
+    solved = best = part.solve(STRENGTHS[0])
+    lowest, since = _loss(best, x[held], y[held]), 0
+    for strength in STRENGTHS[1:]:
         solved = part.solve(strength, start=solved)
-        score = solved.top1(x[held], y[held])
-        since += 1
-        if score > top1:
-            best, found, top1, since = strength, solved, score, 0
+        loss, since = _loss(solved, x[held], y[held]), since + 1
+        if loss < lowest:
+            best, lowest, since = solved, loss, 0
         if since == PATIENCE:
             break
-    return Choice(whole.solve(best, start=found), top1)
+    return Choice(whole.solve(best.strength, start=best), best.top1(x[held], y[held]), lowest)
+
+
+def _loss(solved: Regression, x: Tensor, y: Tensor) -> float:
+    return float(F.cross_entropy(solved.logits(x).double(), y))

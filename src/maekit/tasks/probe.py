@@ -27,7 +27,7 @@ from maekit.tasks.training import default_out
 from maekit.train.device import World, world
 
 Row = dict[str, Any]
-"""layer, pool, labels, train_images, strength, held_top1, top1."""
+"""layer, pool, labels, train_images, strength, held_top1, held_loss, top1."""
 
 
 def probe(settings: Probe | dict[str, Any]) -> Result:
@@ -117,7 +117,11 @@ def _wanted(settings: Probe, model: MaskedAutoencoder) -> list[Wanted]:
 def _row(one: Wanted, spec: str, train: Features, val: Features, seed: int, device: torch.device) -> Row:
     choice, top1 = _solve(train, val, seed, device)
     row: Row = {"layer": one[0], "pool": one[1], "labels": spec, "train_images": len(train.index)}
-    return row | {"strength": choice.solved.strength, "held_top1": choice.held_top1, "top1": top1}
+    return (
+        row
+        | {"strength": choice.solved.strength, "held_top1": choice.held_top1, "held_loss": choice.held_loss}
+        | {"top1": top1}
+    )
 
 
 def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, float]:
@@ -141,7 +145,7 @@ def _solve(train: Features, val: Features, seed: int, device: torch.device) -> t
 def _metrics(settings: Probe, rows: list[Row], train: Source, val: Source) -> dict[str, Any]:
     """Return what was found; of several the row is the result that did best on training labels held out."""
     last = [row for row in rows if row["labels"] == rows[-1]["labels"]]
-    chosen = max(last, key=lambda row: row["held_top1"] or 0.0)
+    chosen = max(last, key=lambda row: (row["held_top1"] or 0.0, -(row["held_loss"] or 0.0)))
     metrics = {"run": str(settings.run), "top1": chosen["top1"], "protocol": "logistic", "strength": chosen["strength"]}
     metrics |= {"train_images": len(train), "val_images": len(val), "layer": chosen["layer"], "pool": chosen["pool"]}
     return metrics | {"held_top1": chosen["held_top1"]} | ({"sweep": rows} if len(rows) > 1 else {})
