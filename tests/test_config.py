@@ -210,7 +210,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 def test_any_settings_survive_the_way_through_a_file(
     tmp_path_factory: pytest.TempPathFactory, data: str, temperature: float, k: int, raw: bool
 ) -> None:
-    settings = Knn(data=data, temperature=temperature, k=k, raw_pixels=raw)
+    settings = Knn(data=data, temperature=[temperature], k=[k, 3], raw_pixels=raw)
     folder = tmp_path_factory.mktemp("yaml")
     for text in (dump_yaml(settings), explain_yaml(settings, dict.fromkeys(Knn.model_fields, "flag"))):
         assert resolve(Knn, file=written(folder, text))[0] == settings

@@ -32,10 +32,10 @@ DOORS: dict[str, set[str]] = {
     "data": {"errors", "settings", "seeds"},
     "model": {"errors", "settings", "seeds"},
     "train": {"errors", "settings", "seeds"},
-    "scores": {"__init__", "errors", "settings", "seeds", *ROOMS},
+    "scores": {"__init__", "errors", "settings", "seeds", "data", "model"},
     "interchange": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
     "report": {"__init__", "errors", "settings", "seeds", "config", *ROOMS, "scores"},
-    "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "interchange", "scores"},
+    "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "scores", "interchange"},
     "tasks": {
         "__init__",
         "errors",

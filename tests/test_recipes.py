@@ -385,7 +385,7 @@ def test_a_wrong_line_to_recipes_show_is_refused(words: str, code: str) -> None:
     assert caught.value.code == code
 
 
-def test_the_probes_settings_of_training_are_those_only_for_lars() -> None:
+def test_the_probes_settings_of_training_are_those_that_only_trained_protocols_have() -> None:
     shared = {name for base in Probe.__mro__[1:] for name in getattr(base, "__annotations__", {})}
-    own = set(Probe.__annotations__) - shared - {"positional", "only_for_lars"}
-    assert own - set(Probe.only_for_lars) == {"run", "out", "protocol", "pool", "random_init"}
+    own = set(Probe.__annotations__) - shared - {"positional", "only_trained"}
+    assert own - set(Probe.only_trained) == {"run", "out", "protocol", "pool", "layers", "random_init"}

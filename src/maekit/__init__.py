@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         Finetune,
         Inspect,
         Knn,
+        Lowshot,
         Pretrain,
         Probe,
         Quickstart,
         Reconstruct,
+        Retrieve,
         Robustness,
     )
     from maekit.tasks import Result
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     from maekit.tasks.finetune import finetune
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
+    from maekit.tasks.lowshot import lowshot
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
     from maekit.tasks.reconstruct import reconstruct
+    from maekit.tasks.retrieve import retrieve
     from maekit.tasks.robustness import robustness
 
 __version__ = "0.1.0"
@@ -48,6 +52,7 @@ __all__ = [
     "Finetune",
     "Inspect",
     "Knn",
+    "Lowshot",
     "MaekitError",
     "MaskedAutoencoder",
     "Pretrain",
@@ -55,6 +60,7 @@ __all__ = [
     "Quickstart",
     "Reconstruct",
     "Result",
+    "Retrieve",
     "Robustness",
     "__version__",
     "convert",
@@ -65,10 +71,12 @@ __all__ = [
     "inspect",
     "knn",
     "load_model",
+    "lowshot",
     "pretrain",
     "probe",
     "quickstart",
     "reconstruct",
+    "retrieve",
     "robustness",
     "save_model",
 ]
@@ -85,10 +93,12 @@ _HOMES = {
         "Finetune",
         "Inspect",
         "Knn",
+        "Lowshot",
         "Pretrain",
         "Probe",
         "Quickstart",
         "Reconstruct",
+        "Retrieve",
         "Robustness",
     ),
     "maekit.tasks": ("Result",),
@@ -98,10 +108,12 @@ _HOMES = {
     "maekit.tasks.finetune": ("finetune",),
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
+    "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),
     "maekit.tasks.reconstruct": ("reconstruct",),
+    "maekit.tasks.retrieve": ("retrieve",),
     "maekit.tasks.robustness": ("robustness",),
 }
 

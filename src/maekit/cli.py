@@ -73,13 +73,31 @@ VERBS: dict[str, Verb] = {
         settings.Probe,
         "maekit.tasks.probe",
         "probe",
-        ("maekit probe runs/a --data my_classes", "maekit probe runs/a --data my_classes --random-init --json"),
+        (
+            "maekit probe runs/a --data my_classes",
+            "maekit probe runs/a --data my_classes --layers all --pool mean,cls",
+        ),
     ),
     "knn": Verb(
         settings.Knn,
         "maekit.tasks.knn",
         "knn",
-        ("maekit knn runs/a --data my_classes", "maekit knn runs/a --data my_classes --raw-pixels --json"),
+        (
+            "maekit knn runs/a --data my_classes",
+            "maekit knn runs/a --data my_classes --k 1,5,20 --json",
+        ),
+    ),
+    "lowshot": Verb(
+        settings.Lowshot,
+        "maekit.tasks.lowshot",
+        "lowshot",
+        ("maekit lowshot runs/a --data my_classes", "maekit lowshot runs/a --data my_classes --shots 1,5 --draws 100"),
+    ),
+    "retrieve": Verb(
+        settings.Retrieve,
+        "maekit.tasks.retrieve",
+        "retrieve",
+        ("maekit retrieve runs/a --data my_photos", "maekit retrieve runs/a --data my_photos --k 10 --out pictures"),
     ),
     "robustness": Verb(
         settings.Robustness,
@@ -317,6 +335,8 @@ def _add(group: Any, cls: type[settings.Settings], name: str) -> None:
 
 def _count(info: FieldInfo) -> str | int | None:
     """Return how many words a flag takes: as many as a tuple has, any number for a list, otherwise one."""
+    if "_at_commas" in f"{info.annotation}{info.metadata}":  # 1,5,20: one word
+        return None
     if any(typing.get_origin(part) is list for part in _parts(info.annotation)):
         return "+"
     # a pair that a validator completes may also be given as one number
@@ -349,7 +369,7 @@ def _metavar(cls: type[settings.Settings], name: str) -> str:
             words += ["N" if inner[0] is int else "X"] * (inner[0] in (int, float))
     if not words and name not in cls.positional and Path in _parts(cls.model_fields[name].annotation):
         return "PATH"
-    return "|".join(words) or name.rpartition("_")[2].upper()
+    return "|".join(dict.fromkeys(words)) or name.rpartition("_")[2].upper()
 
 
 # --------------------------------------------------------------------------------- verbs that need no task

@@ -37,6 +37,19 @@ def _pair(value: Any) -> Any:
     return tuple(value) * 2 if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
+def _at_commas(value: Any) -> Any:
+    """Read ``1,5,20`` as three, from a list also where each of its texts holds several."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, list | tuple):
+        return [part.strip() if isinstance(part, str) else part for each in value for part in _parted(each)]
+    return [value]
+
+
+def _parted(value: Any) -> list[Any]:
+    return value.split(",") if isinstance(value, str) else [value]
+
+
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("the smaller value first")
@@ -49,6 +62,12 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Severity = Annotated[int, Field(ge=1, le=5)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
+Commas = BeforeValidator(_at_commas)
+"""Of a list that is one word on the command line: ``--k 1,5,20``."""
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], Commas, Field(min_length=1)]
+Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_length=1)]
+Pool = Literal["mean", "cls"]
+Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
 
@@ -217,14 +236,28 @@ class Pretrain(Images, Size, Statistics, Autoencoder, Loop, Machine):
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
 
 
-class Labels(Settings):
+class Held(Settings):
+    """Labels"""
+
+    val_data: str | None = setting(
+        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 % per class held out by a hash"
+    )
+
+
+class Labels(Held):
     """Labels"""
 
     labels: str | None = setting(None, "part of the training labels: 10/class, 1%, 100% or a count; default: all")
     label_seed: int = setting(0, "which images that part holds; the same for every arm compared", ge=0, lt=2**63)
-    val_data: str | None = setting(
-        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 % per class held out by a hash"
-    )
+
+
+class Kept(Settings):
+    """Feature cache"""
+
+    cache: str | None = setting(
+        "auto", "folder that keeps features between calls; auto: RUN/features where RUN is a run folder; none: nowhere",
+        resume="free",
+    )  # fmt: skip
 
 
 class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
@@ -260,42 +293,54 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1, resume="free")
 
 
-class Probe(Images, Labels, Machine):
-    """Score frozen features with a linear classifier."""
+class Probe(Images, Labels, Kept, Machine):
+    """Score frozen features with a small classifier: solved or trained, after one block or all."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights")
+    labels: str | None = setting(
+        None, "part of the training labels: 10/class, 1%, 100% or a count; logistic: several, as 1%,10%; default: all"
+    )
     out: Path | None = setting(
-        None, "folder for result.json; the lars protocol keeps its checkpoints there", resume="free"
-    )
-    protocol: Literal["logistic", "lars"] = setting(
-        "logistic",
-        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained, momentum .9, "
-        "trust .001 (T10)",
-    )
-    pool: Literal["mean", "cls"] | None = setting(
-        None, "mean of patch tokens, or the class token; default: mean; lars: cls where there is one (OFF)"
-    )
-    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
-    epochs: float | None = setting(None, "lars: passes over the data; default: 90 (T10)", gt=0)
-    batch_size: int | None = setting(None, "lars: global batch; default: 1024 (T10: 16384)", ge=1)
-    micro_batch: AutoCount = setting(
-        "auto",
-        "lars: images per process and pass, which are one batch of the batch norm; auto: up to 512 (OFF)",
+        None,
+        "folder for result.json, table and plot; the trained protocols keep their checkpoints there",
         resume="free",
     )
-    base_lr: float | None = setting(None, "lars: learning rate per 256 images; default: 0.1 (T10)", gt=0)
+    protocol: Literal["logistic", "lars", "attentive"] = setting(
+        "logistic",
+        "logistic: regression solved on features computed once; lars: batch norm + linear layer trained, momentum .9, "
+        "trust .001 (T10); attentive: a query that attends to the patch tokens + linear layer, AdamW (CAE, 2202.03026)",
+    )
+    pool: Pool | Pools | None = setting(
+        None,
+        "mean of patch tokens, or the class token; logistic: also mean,cls; default: mean; lars: cls where there is "
+        "one (OFF)",
+    )
+    layers: Counts | Literal["all"] | None = setting(
+        None, "logistic: blocks after which to probe, counted from 1, as 6,9,12, or all; default: the last"
+    )
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+    epochs: float | None = setting(None, "trained: passes over the data; default: 90 (T10)", gt=0)
+    batch_size: int | None = setting(None, "trained: global batch; default: 1024 (T10: 16384)", ge=1)
+    micro_batch: AutoCount = setting(
+        "auto",
+        "trained: images per process and pass; lars: one batch of the batch norm, auto: up to 512 (OFF)",
+        resume="free",
+    )
+    base_lr: float | None = setting(
+        None, "trained: learning rate per 256 images; default: 0.1 (T10); attentive: 1e-3", gt=0
+    )
     warmup_epochs: float | None = setting(
-        None, "lars: linear warm-up from 0; default: 10 (T10), or a ninth of fewer than 90 epochs", ge=0
+        None, "trained: linear warm-up from 0; default: 10 (T10), or a ninth of fewer than 90 epochs", ge=0
     )
-    weight_decay: float | None = setting(None, "lars: weight decay; default: 0 (T10)", ge=0)
+    weight_decay: float | None = setting(None, "trained: weight decay; default: 0 (T10); attentive: 0.05", ge=0)
     crop_scale: Shares | None = setting(
-        None, "lars: area range of the random crop; default: .08 1 (OFF); 1 1: whole image"
+        None, "trained: area range of the random crop; default: .08 1 (OFF); 1 1: whole image"
     )
-    flip: bool | None = setting(None, "lars: mirror half of the images; default: yes (OFF)")
+    flip: bool | None = setting(None, "trained: mirror half of the images; default: yes (OFF)")
 
-    only_for_lars: ClassVar[tuple[str, ...]] = (
+    only_trained: ClassVar[tuple[str, ...]] = (
         "epochs",
         "batch_size",
         "micro_batch",
@@ -308,16 +353,18 @@ class Probe(Images, Labels, Machine):
     """Settings of training, which a regression that is solved has not."""
 
 
-class Knn(Images, Labels, Machine):
+class Knn(Images, Labels, Kept, Machine):
     """Score frozen features by their nearest neighbours."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Path | None = setting(None, "run folder or weights")
-    pool: Literal["mean", "cls"] | None = setting(None, "mean of patch tokens, or the class token; default: mean")
-    k: int = setting(20, "neighbours that vote", ge=1)
-    temperature: float = setting(
-        0.07, "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294)", gt=0
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    k: Counts = setting([20], "neighbours that vote; several for a table, as 1,5,20: the first is the score")
+    temperature: Temperatures = setting(
+        [0.07],
+        "a neighbour of cosine c weighs exp(c / temperature) (DINO, arXiv 2104.14294); several, as .05,.1: the first "
+        "is the score",
     )
     random_init: bool = setting(False, "the same architecture with random weights, for comparison")
     raw_pixels: bool = setting(False, "no encoder: neighbours by the pixels themselves, for comparison")
@@ -364,6 +411,34 @@ class Robustness(Images, Machine):
     )
     class_map: Path | None = setting(
         None, "mapped: JSON, class of the data -> output, class name or list of them; or one number a line"
+    )
+
+
+class Lowshot(Images, Held, Kept, Machine):
+    """Score frozen features with few labels a class, over many draws of them."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    shots: Counts = setting([1, 2, 5, 10], "labels a class, as 1,5,10")
+    draws: int = setting(20, "draws of the labels", ge=1, le=10_000)
+    label_seed: int = setting(0, "of the first draw; the others follow", ge=0, lt=2**62)
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+
+
+class Retrieve(Images, Held, Kept, Machine):
+    """Show the training images nearest to held-out ones."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run folder or weights")
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    k: int = setting(6, "nearest images shown for each", ge=1, le=100)
+    queries: int = setting(8, "held-out images in the picture, evenly spaced", ge=1, le=1000)
+    random_init: bool = setting(False, "the same architecture with random weights, for comparison")
+    out: Path | None = setting(
+        None, "folder for neighbours.png and neighbours.csv; default: RUN/retrieve", resume="free"
     )
 
 

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from maekit.report.plots import MAX_POINTS, bars, curves, smooth
+from maekit.report.plots import MAX_POINTS, bars, curves, lines, smooth
 
 
 def records(count: int = 100, ratio: float = 0.97) -> list[dict[str, float]]:
@@ -96,3 +96,10 @@ def test_hostile_names_are_text_and_never_markup_or_mathematics() -> None:
     svg = bars({name: {name: [0.1, 0.2]}}, label=name)
     assert "<script" not in svg and "<!--" not in svg
     assert "<script>" in words(svg)
+
+
+def test_lines_name_every_series_and_say_their_values() -> None:
+    text = lines({"10% mean": ([1, 2, 3], [0.1, 0.2, 0.25]), "100% <cls>": ([3], [0.5])}, x="block")
+    assert text.startswith("<svg") and "0.250 at 3" in text and "block" in text and "<cls>" not in text
+    assert lines({}, x="block") == lines({"a": ([], [])}, x="block") == ""
+    assert text == lines({"10% mean": ([1, 2, 3], [0.1, 0.2, 0.25]), "100% <cls>": ([3], [0.5])}, x="block")

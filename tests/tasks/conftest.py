@@ -23,7 +23,7 @@ PARENT = """
 import json, os, resource, select, sys
 from maekit.cli import main
 import maekit.tasks.embed, maekit.tasks.finetune, maekit.tasks.knn, maekit.tasks.pretrain, maekit.tasks.probe
-import maekit.tasks.quickstart, maekit.tasks.reconstruct
+import maekit.tasks.quickstart, maekit.tasks.reconstruct, maekit.tasks.lowshot, maekit.tasks.retrieve
 
 def tell(**facts):
     print(json.dumps(facts), flush=True)

@@ -4,22 +4,23 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 
 import maekit as package
 from maekit.config import load_yaml
+from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
 from maekit.model.mae import create_model
 from maekit.recipes import find
+from maekit.scores.regression import STRENGTHS
 from maekit.settings import Probe
-from maekit.tasks.features import Features, knn_top1
-from maekit.tasks.probe import PER_PASS, Probed, _loop, logistic_top1
+from maekit.tasks.features import Features
+from maekit.tasks.probe import logistic_top1
+from maekit.tasks.trained_probe import PER_PASS, Probed, _loop
 from maekit.tasks.training import micro_batch
 from maekit.train import checkpoint
 
@@ -33,33 +34,10 @@ def digits() -> tuple[Features, Features]:
     return tuple(Features(values[part], labels[part], part) for part in (order[:900], order[900:]))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (1, 0.07), (5, 1.0), (200, 0.02)])
-def test_the_vote_is_that_of_scikit_learn(k: int, temperature: float) -> None:
-    train, val = digits()
-    weights: Any = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
-    oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
-    expected = oracle.fit(train.values.numpy(), train.labels.numpy()).score(val.values.numpy(), val.labels.numpy())
-    found = knn_top1(train, val, num_classes=10, k=k, temperature=temperature)
-    assert found == pytest.approx(expected, abs=2 / len(val.labels)) and found > 0.9
-
-
-def test_more_neighbours_than_images_are_all_of_them() -> None:
-    train, val = digits()
-    few = Features(train.values[:10], train.labels[:10], train.index[:10])
-    score = knn_top1(few, val, num_classes=10, k=20, temperature=0.07)
-    assert score == knn_top1(few, val, num_classes=10, k=10, temperature=0.07)
-
-
-def test_a_tiny_temperature_does_not_overflow() -> None:
-    train, val = digits()
-    one = knn_top1(train, val, num_classes=10, k=1, temperature=0.07)
-    assert knn_top1(train, val, num_classes=10, k=20, temperature=1e-4) == pytest.approx(one, abs=0.01)
-
-
 def test_the_regression_solves_digits_and_chooses_a_strength() -> None:
     train, val = digits()
     top1, strength = logistic_top1(train, val, seed=0)
-    assert top1 > 0.94 and 1e-3 <= strength <= 1
+    assert top1 > 0.94 and strength in STRENGTHS
 
 
 def test_few_labels_of_a_class_are_enough_for_the_regression() -> None:
@@ -208,3 +186,100 @@ def test_in_train_mode_only_the_batch_norm_of_the_probe_reacts() -> None:
     before = {name: value.clone() for name, value in probed.eval().state_dict().items()}
     assert not torch.equal(probed(images), one)
     assert all(torch.equal(value, before[name]) for name, value in probed.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of three blocks, nothing learned."""
+    model = create_model(
+        "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, embed_dim=32, depth=3, num_heads=2,
+        decoder_dim=16, decoder_depth=1, decoder_heads=2,
+    )  # fmt: skip
+    file = tmp_path_factory.mktemp("deep") / "deep.safetensors"
+    package.save_model(model, file)
+    return file
+
+
+def test_a_sweep_scores_each_block_pooling_and_part_of_the_labels_as_each_alone(
+    maekit: Run, deep: Path, classes: Path, tmp_path: Path
+) -> None:
+    words = ["probe", deep, "--data", classes, "--device", "cpu", "--workers", 0]
+    several = ["--layers", "all", "--pool", "mean,cls", "--labels", "3/class,100%", "--cache", tmp_path / "kept"]
+    done = maekit(*words, *several, "--out", tmp_path / "run", "--json")
+    assert done.code == 0 and "Warning" not in done.stderr, done.stderr
+    rows = done.json["sweep"]
+    expected = [(l, p, s) for s in ("3/class", "100%") for l in (1, 2, 3) for p in ("mean", "cls")]  # noqa: E741
+    assert [(row["layer"], row["pool"], row["labels"]) for row in rows] == expected
+    assert [row["train_images"] for row in rows] == [30] * 6 + [240] * 6
+    best = max(rows[6:], key=lambda row: (row["held_top1"], -row["held_loss"]))
+    assert done.json["top1"] == best["top1"] and (done.json["layer"], done.json["pool"]) == (
+        best["layer"],
+        best["pool"],
+    )
+    for row in (rows[0], rows[3], rows[-1]):
+        alone = maekit(
+            *words, "--layers", row["layer"], "--pool", row["pool"], "--labels", row["labels"],
+            "--cache", tmp_path / "kept", "--json",
+        ).json  # fmt: skip
+        assert alone["top1"] == pytest.approx(row["top1"], abs=0.021) and "sweep" not in alone
+    table = (tmp_path / "run/sweep.csv").read_text().splitlines()
+    assert len(table) == 13 and table[0] == "layer,pool,labels,train_images,strength,held_top1,held_loss,top1"
+    svg = (tmp_path / "run/sweep.svg").read_text()
+    assert svg.startswith("<svg") and "100% cls" in svg and "block" in svg
+    text = maekit(*words, *several).stdout
+    assert text.splitlines()[0].split() == ["block", "3/class", "mean", "3/class", "cls", "100%", "mean", "100%", "cls"]
+    assert len(text.splitlines()) == 5 and "chosen on held-out training labels" in text
+
+
+def test_knn_shows_a_table_and_scores_the_first(maekit: Run, pretrained: Path, classes: Path) -> None:
+    words = ["knn", pretrained, "--data", classes, "--device", "cpu", "--k", "5,1,300", "--temperature", ".07,1"]
+    done = maekit(*words, "--json")
+    rows = done.json["sweep"]
+    assert [(row["k"], row["temperature"]) for row in rows] == [(k, t) for k in (5, 1, 240) for t in (0.07, 1.0)]
+    alone = maekit("knn", pretrained, "--data", classes, "--device", "cpu", "--k", 5, "--json").json
+    assert done.json["top1"] == rows[0]["top1"] == alone["top1"] and "sweep" not in alone
+    lines = maekit(*words).stdout.splitlines()
+    assert lines[0].split() == ["k", "T", "0.07", "T", "1"] and len(lines) == 5
+
+
+def test_the_attentive_protocol_trains_the_head_only(
+    maekit: Run, pretrained: Path, classes: Path, tmp_path: Path
+) -> None:
+    words = ["probe", pretrained, "--data", classes, "--protocol", "attentive", "--epochs", 12, "--batch-size", 48]
+    words += ["--base-lr", 0.02, "--crop-scale", 1, 1, "--no-flip", "--workers", 0, "--device", "cpu"]
+    words += ["--out", tmp_path / "run", "--json"]
+    done = maekit(*words)
+    assert done.code == 0 and "Warning" not in done.stderr, done.stderr
+    assert done.json["protocol"] == "attentive" and done.json["steps"] == 60 and done.json["top1"] > 0.2
+    saved, start = load_model(pretrained).state_dict(), checkpoint.load(tmp_path / "run/checkpoints/step-60")
+    assert all(torch.equal(start.tensors["model"][f"model.{name}"], saved[name]) for name in saved)
+    assert maekit(*words).json == done.json
+
+
+def test_the_attentive_head_is_a_softmax_over_patches_worked_out_by_hand() -> None:
+    model = create_model("vit_tiny_patch16_224", img_size=32, depth=1, decoder_dim=32, decoder_depth=1).eval()
+    probed = Probed(model, 5, "attentive").eval()
+    images = torch.randn(2, 3, 32, 32)
+    tokens = model.features(images, "tokens")[:, 1:]
+    attend, heads, wide = cast(Any, probed.head).attend, 3, 64
+    query = attend.q(attend.latent)[0, 0].view(heads, wide)
+    keys, values = attend.kv(tokens).view(2, 4, 2, heads, wide).unbind(2)
+    weights = (torch.einsum("hd,bnhd->bhn", query, keys) / wide**0.5).softmax(-1)
+    pooled = torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1)
+    expected = probed.head.linear(probed.head.norm(pooled))
+    assert torch.allclose(probed(images), expected, atol=1e-5)
+    trained = {name for name, p in probed.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"head"}
+
+
+def test_an_encoder_without_class_token_is_not_asked_for_it(tmp_path: Path, classes: Path) -> None:
+    model = create_model("vit_base_patch16_gap_224", img_size=32, embed_dim=32, depth=2, num_heads=2)
+    package.save_model(model, tmp_path / "gap.safetensors")
+    settings: dict[str, Any] = {"run": tmp_path / "gap.safetensors", "data": str(classes), "device": "cpu"}
+    for verb, more in (
+        (package.knn, {}),
+        (package.probe, {}),
+        (package.probe, {"protocol": "lars", "out": tmp_path / "a"}),
+    ):
+        with pytest.raises(MaekitError, match=r"E-CONFIG-POOL.*without class token"):
+            verb({**settings, "pool": "cls", **more})

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as kind_of
 
 from maekit.data.image import sniff
-from maekit.data.source import Source, in_order, number
+from maekit.data.source import Source, changed, in_order, number
 from maekit.errors import MaekitError
 
 CACHE_BYTES = 2**29
@@ -69,6 +69,11 @@ class ParquetSource(Source):
     def sizes(self) -> list[int]:
         """Return the size of each file."""
         return [os.stat(path).st_size for path in dict.fromkeys(group.path for group in self.groups)]
+
+    def stamps(self) -> list[str]:
+        """Return each file's place and time of change, the column, and the rows."""
+        files = [changed(path) for path in dict.fromkeys(group.path for group in self.groups)]
+        return [*files, self.column, *map(str, self.keys)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave cached rows behind: a worker reads its own."""

@@ -67,6 +67,10 @@ class Source(ABC):
             digest.update(b"\0" + part.encode())
         return digest.hexdigest()
 
+    def stamps(self) -> Iterable[str] | None:
+        """Return texts that change when any image here does, also to one of equal size; None where nothing tells."""
+        return None
+
     def subset(self, indices: Sequence[int]) -> Self:
         """Return the same kind of source with only these images, in this order."""
         chosen = copy.copy(self)
@@ -97,6 +101,11 @@ class FileSource(Source):
                 yield os.stat(os.path.join(self.root, key)).st_size
             except OSError:
                 yield -1
+
+    def stamps(self) -> Iterator[str]:
+        """Yield each file's place and time of change."""
+        for key in self.keys:
+            yield changed(os.path.join(self.root, key))
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -148,6 +157,14 @@ class DatasetSource(Source):
     def sizes(self) -> Iterator[int]:
         """Yield nothing: only the dataset itself could tell, by reading everything."""
         return iter(())
+
+
+def changed(path: str) -> str:
+    """Return a file's absolute path and its time of change in nanoseconds, 0 when it has none."""
+    try:
+        return f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}"
+    except (OSError, ValueError):
+        return f"{os.path.abspath(path)} 0"
 
 
 def read_regular_file(path: str) -> bytes:

@@ -1,10 +1,11 @@
-"""What sits on the encoder afterwards: a classifier to fine-tune, a linear layer to probe with.
+"""What sits on the encoder afterwards: a classifier to fine-tune, linear and attentive heads to probe with.
 
-B batch, D token width.
+B batch, N patches, D token width.
 """
 
 from typing import Any
 
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -87,3 +88,28 @@ class LinearHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, classes) of features (B, D)."""
         return self.linear(self.norm(features))
+
+
+class AttentiveHead(nn.Module):
+    """One cross-attention in place of pooling, layer norm, then a linear layer: attentive probing.
+
+    A learned query attends to the patch tokens (CAE, arXiv 2202.03026; compared in arXiv 2506.10178): a masked
+    autoencoder spreads what it knows over them, and a mean keeps little of it. There is no MLP.
+
+    Args:
+        dim: D.
+        num_classes: outputs.
+        num_heads: attention heads; must divide D.
+    """
+
+    def __init__(self, dim: int, num_classes: int, num_heads: int) -> None:
+        super().__init__()
+        self.attend = AttentionPoolLatent(dim, out_features=0, num_heads=num_heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits (B, classes) of patch tokens (B, N, D)."""
+        return self.linear(self.norm(self.attend(tokens)))

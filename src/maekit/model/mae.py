@@ -136,9 +136,41 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             MaekitError: E-CONFIG-POOL for an unknown pool or a class token that is not there, E-DATA-SHAPE.
         """
-        check_pool(self.encoder, pool, also=("tokens",))
+        return self.layer_features(images, [(len(self.encoder.blocks), pool)])[0]
+
+    def layer_features(self, images: Tensor, wanted: Sequence[tuple[int, str]]) -> list[Tensor]:
+        """Run the encoder once and return pooled features of several blocks; never masks.
+
+        The encoder's final norm is applied after each block, as timm's ``forward_intermediates(norm=True)`` does, so
+        the last block's are those of `features`.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            wanted: (block, pool) of each: blocks count from 1; "mean" | "cls", "tokens" all of them.
+
+        Raises:
+            MaekitError: as `features`.
+        """
         self._check_images(images)
-        return pool_tokens(self.encoder, self.encoder.forward_features(images), pool)
+        encoder, depth = self.encoder, len(self.encoder.blocks)
+        for _, pool in wanted:
+            check_pool(encoder, pool, also=("tokens",))
+        layers = sorted({layer for layer, _ in wanted})
+        assert layers and all(1 <= layer <= depth for layer in layers), layers
+        if layers == [depth]:
+            tokens = encoder.forward_features(images)
+            return [pool_tokens(encoder, tokens, pool) for _, pool in wanted]
+        found: Any = encoder.forward_intermediates(
+            images,
+            indices=[layer - 1 for layer in layers],
+            return_prefix_tokens=True,
+            norm=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        by_layer = dict(zip(layers, found, strict=True))
+        return [_pool_parts(by_layer[layer], pool) for layer, pool in wanted]
 
     def set_statistics(self, mean: Statistics, std: Statistics) -> None:
         """Say what images are normalised with; kept in `spec` and so in saved weights.
@@ -327,6 +359,16 @@ def pool_tokens(encoder: VisionTransformer, tokens: Tensor, pool: str) -> Tensor
     if pool == "tokens":
         return tokens
     return tokens[:, 0] if pool == "cls" else tokens[:, encoder.num_prefix_tokens :].mean(1)
+
+
+def _pool_parts(parts: Tensor | tuple[Tensor, Tensor], pool: str) -> Tensor:
+    """Pool one block's tokens as timm parts them: patches (B, N, D), and the prefix where there is one."""
+    patches, prefix = parts if isinstance(parts, tuple) else (parts, None)
+    if pool == "tokens":
+        return patches if prefix is None else torch.cat([prefix, patches], dim=1)
+    if pool == "mean" or prefix is None:
+        return patches.mean(1)
+    return prefix[:, 0]
 
 
 def _select(rows: Tensor, ids: Tensor) -> Tensor:

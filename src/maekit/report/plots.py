@@ -149,6 +149,39 @@ def _draw_line(panel: Axes, x: np.ndarray, y: np.ndarray, label: str, at: int) -
         panel.yaxis.set_major_locator(MaxNLocator(4))
 
 
+def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str = "top-1 accuracy") -> str:
+    """Draw one line with dots for each series of (x, y) values.
+
+    Args:
+        series: name -> x values and y values.
+        x: what the horizontal axis is.
+        y: what the vertical axis is.
+
+    Returns:
+        An ``<svg>`` element; empty when there is nothing to draw.
+    """
+    series = {name: points for name, points in series.items() if len(points[0])}
+    if not series:
+        return ""
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        panel = figure.add_subplot()
+        for at, (name, (xs, ys)) in enumerate(series.items()):
+            style = ("-", "--", ":", "-.")[at // len(COLOURS) % 4]
+            colour = COLOURS[at % len(COLOURS)]
+            panel.plot(xs, ys, style, color=colour, linewidth=1.6, marker="o", markersize=3, label=clean(name, 40))
+        panel.set_xlabel(clean(x, 60))
+        panel.set_ylabel(clean(y, 60))
+        panel.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+        if len(series) > 1:
+            panel.legend(fontsize=8)
+        told = (
+            f"{name}: " + ", ".join(f"{b:.3f} at {a:g}" for a, b in zip(*points, strict=True))
+            for name, points in series.items()
+        )
+        return _svg(figure, "Lines: " + "; ".join(told))
+
+
 def _number(value: float, _: int | None = None) -> str:
     """Return 0.05, 2e-05: no factor far away at the end of the axis."""
     return f"{value:.3g}"

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from maekit.data.augment import EvalView, default_crop_pct
@@ -15,12 +14,17 @@ from maekit.data.loader import Loader
 from maekit.data.sources import Source, label_subset, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
-from maekit.model.mae import MaskedAutoencoder
+from maekit.model.mae import MaskedAutoencoder, check_pool
 from maekit.seeds import seed_all
+from maekit.tasks.feature_cache import FeatureCache, open_cache
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train.device import World
 
 log = logging.getLogger("maekit")
+
+
+Wanted = tuple[int, str]
+"""Block, counted from 1, and pooling."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,24 @@ class Features:
     labels: Tensor
     index: Tensor
 
+    @property
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Features and labels, as `maekit.scores` takes them."""
+        return self.values, self.labels
+
 
 def labelled_splits(settings: Any) -> tuple[Source, Source]:
     """Return the training part (cut down to ``--labels``) and the part to score on.
+
+    Raises:
+        MaekitError: as `whole_splits`; E-USAGE-LABELS.
+    """
+    train, val = whole_splits(settings)
+    return train.subset(label_subset(train, settings.labels, settings.label_seed)), val
+
+
+def whole_splits(settings: Any) -> tuple[Source, Source]:
+    """Return all of the training part and the part to score on.
 
     Raises:
         MaekitError: E-USAGE-DATA without ``--data``, E-DATA-LABELS without labels, E-DATA-CLASSES.
@@ -70,7 +89,7 @@ def labelled_splits(settings: Any) -> tuple[Source, Source]:
         classes=train.classes,
         **columns,
     )
-    return train.subset(label_subset(train, settings.labels, settings.label_seed)), val
+    return train, val
 
 
 def load_encoder(settings: Any, world: World) -> MaskedAutoencoder:
@@ -84,9 +103,15 @@ def load_encoder(settings: Any, world: World) -> MaskedAutoencoder:
     return load_model(settings.run, random_init=random_init).to(world.device).eval()
 
 
-@torch.no_grad()
 def extract(
-    model: MaskedAutoencoder, source: Source, world: World, *, pool: str, workers: int | str, title: str
+    model: MaskedAutoencoder,
+    source: Source,
+    world: World,
+    *,
+    pool: str,
+    workers: int | str,
+    title: str,
+    cache: FeatureCache | None = None,
 ) -> Features:
     """Run the whole encoder over every image once, as evaluation sees it.
 
@@ -94,8 +119,65 @@ def extract(
         pool: "mean" | "cls" | "tokens" (then values are (n, prefix + N, D)).
 
     Raises:
-        MaekitError: E-CONFIG-CHANNELS, E-DATA-BAD.
+        MaekitError: as `extract_layers`.
     """
+    last = (len(model.encoder.blocks), pool)
+    return extract_layers(model, source, world, [last], workers=workers, title=title, cache=cache)[last]
+
+
+def extract_layers(
+    model: MaskedAutoencoder,
+    source: Source,
+    world: World,
+    wanted: list[Wanted],
+    *,
+    workers: int | str,
+    title: str,
+    cache: FeatureCache | None = None,
+) -> dict[Wanted, Features]:
+    """Return features of several blocks and poolings: those that are kept, the others from one pass of the encoder.
+
+    Args:
+        wanted: block, counted from 1, and "mean" | "cls" | "tokens"; the final norm stands after every block.
+        cache: where they are kept; whole sets of tokens never are.
+
+    Raises:
+        MaekitError: E-CONFIG-POOL, E-CONFIG-CHANNELS, E-DATA-BAD, E-NUM-FEATURES for NaN and infinity.
+    """
+    for _, pool in wanted:
+        check_pool(model.encoder, pool, also=("tokens",))
+    key = cache.key(model, source, world.device.type) if cache is not None else None
+    kept: dict[Wanted, Features] = {}
+    if cache is not None and key is not None:
+        read = {one: cache.read(key, *one) for one in wanted if one[1] != "tokens"}
+        kept = {one: _labelled(source, *entry) for one, entry in read.items() if entry is not None}
+    missing = [one for one in wanted if one not in kept]
+    if not world.any(bool(missing)):
+        log.info("%s: kept in %s", title, cache.folder if cache is not None else "")
+        return kept
+    if world.size > 1:  # all take part, whatever each of them could read
+        missing = list(wanted)
+    found = _run(model, source, world, missing, workers, title)
+    for (layer, pool), features in found.items():
+        if not torch.isfinite(features.values).all():
+            wrong = int((~torch.isfinite(features.values.flatten(1)).all(1)).sum())
+            raise MaekitError(
+                "E-NUM-FEATURES",
+                f"features of {source.name} after block {layer}",
+                found=f"NaN or infinity for {wrong} of {len(features.index)} images",
+                expected="numbers",
+                hint="an earlier checkpoint, or maekit data PATH to look at the images",
+            )
+        if cache is not None and key is not None and world.is_main and pool != "tokens":
+            cache.write(key, layer, pool, features.values, features.index)
+    return {one: found[one] if one in found else kept[one] for one in wanted}
+
+
+@torch.no_grad()
+def _run(
+    model: MaskedAutoencoder, source: Source, world: World, wanted: list[Wanted], workers: int | str, title: str
+) -> dict[Wanted, Features]:
+    """Pass every image through the encoder once."""
     size = model.img_size
     channels_of(source, len(model.mean))  # images of another kind are said at once, not one by one
     loader = Loader(
@@ -111,20 +193,44 @@ def extract(
         world=world.size,
     )
     width, tokens = model.encoder.embed_dim, model.encoder.num_prefix_tokens + model.num_patches
-    none = torch.zeros(0, dtype=torch.long)  # a process may have no image
-    values, labels, index = [torch.zeros((0, tokens, width) if pool == "tokens" else (0, width))], [none], [none]
+    # a process may have no image
+    values = {one: [torch.zeros((0, tokens, width) if one[1] == "tokens" else (0, width))] for one in wanted}
+    index = [torch.zeros(0, dtype=torch.long)]
     for batch in tqdm(loader.sweep(), title, unit="batch", disable=not sys.stderr.isatty(), leave=False):
-        values.append(model.features(batch["images"], pool=pool).float().cpu())
-        labels.append(batch["labels"].cpu())
+        for one, features in zip(wanted, model.layer_features(batch["images"], wanted), strict=True):
+            values[one].append(features.float().cpu())
         index.append(batch["ids"].cpu())
-    return _each_once(Features(*(world.gather(torch.cat(parts)) for parts in (values, labels, index))))
+    read = world.gather(torch.cat(index))
+    return {one: _labelled(source, *_each_once(world.gather(torch.cat(values.pop(one))), read)) for one in wanted}
+
+
+def _each_once(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the rows into the order of the source; an image that stood in for an unreadable one counts once."""
+    rows = {image: row for row, image in enumerate(index.tolist())}
+    chosen = torch.tensor([rows[image] for image in sorted(rows)])
+    return values[chosen], index[chosen]
+
+
+def _labelled(source: Source, values: Tensor, index: Tensor) -> Features:
+    labels = torch.full_like(index, -1) if source.labels is None else torch.tensor(source.labels)[index]
+    return Features(values, labels, index)
+
+
+def rows_of(features: Features, images: list[int]) -> Features:
+    """Return the features of these images of the source, but those that could not be read."""
+    chosen = torch.isin(features.index, torch.tensor(images, dtype=torch.long))
+    return Features(features.values[chosen], features.labels[chosen], features.index[chosen])
 
 
 def extract_both(
     model: MaskedAutoencoder, train: Source, val: Source, world: World, settings: Any
 ) -> tuple[Features, Features]:
-    """Run the encoder over the labelled images and those to score on."""
-    more: dict[str, Any] = {"pool": settings.pool or "mean", "workers": settings.workers}
+    """Run the encoder over the labelled images and those to score on, or take what is kept of them."""
+    more: dict[str, Any] = {
+        "pool": settings.pool or "mean",
+        "workers": settings.workers,
+        "cache": open_cache(settings),
+    }
     first = extract(model, train, world, title="features of train", **more)
     return first, extract(model, val, world, title="features of val", **more)
 
@@ -142,33 +248,8 @@ def pixels(source: Source, size: tuple[int, int], channels: int, *, workers: int
         workers=number_of_workers(workers, len(source), size),
     )
     batches = list(loader.sweep())
-    return _each_once(
-        Features(
-            torch.cat([batch["images"].flatten(1) for batch in batches]),
-            torch.cat([batch["labels"] for batch in batches]),
-            torch.cat([batch["ids"] for batch in batches]),
-        )
+    values, index = (
+        torch.cat([batch[name].flatten(1 if name == "images" else 0) for batch in batches])
+        for name in ("images", "ids")
     )
-
-
-def _each_once(features: Features) -> Features:
-    """Put the rows into the order of the source; an image that stood in for an unreadable one counts once."""
-    rows = {image: row for row, image in enumerate(features.index.tolist())}
-    chosen = torch.tensor([rows[image] for image in sorted(rows)])
-    return Features(features.values[chosen], features.labels[chosen], features.index[chosen])
-
-
-def knn_top1(train: Features, val: Features, *, num_classes: int, k: int, temperature: float) -> float:
-    """Return the share of `val` whose class wins a vote of its `k` nearest neighbours in `train`.
-
-    Cosine similarity; a neighbour of similarity s weighs exp(s / temperature) (DINO, arXiv 2104.14294, appendix F.1;
-    k 20 and temperature .07 there).
-    """
-    bank, votes = F.normalize(train.values, dim=1), F.one_hot(train.labels, num_classes).float()
-    k, right = min(k, len(bank)), 0
-    for queries, labels in zip(F.normalize(val.values, dim=1).split(1024), val.labels.split(1024), strict=True):
-        similarity, nearest = (queries @ bank.T).topk(k, dim=1)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest: 1, so none overflows
-        scores = (votes[nearest] * weights.unsqueeze(-1)).sum(1)
-        right += int((scores.argmax(1) == labels).sum())
-    return right / len(val.labels)
+    return _labelled(source, *_each_once(values, index))

@@ -1,91 +1,126 @@
-"""Score frozen features with a linear classifier: solved (logistic) or trained as in the paper (lars)."""
+"""Score frozen features with a linear classifier that is solved, after one block or every one.
 
+The protocols that train their head are in `trained_probe`.
+"""
+
+import csv
+import io
+import sys
 from typing import Any
 
-import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
-from torch.nn import functional as F
+import torch
+from tqdm import tqdm
 
-from maekit.data.augment import ProbeView
-from maekit.data.loader import Batch
+from maekit.data.sources import Source, label_subset
 from maekit.errors import MaekitError
-from maekit.interchange.weights import metadata
-from maekit.model.heads import LinearHead
 from maekit.model.mae import MaskedAutoencoder
-from maekit.seeds import seed_all
-from maekit.settings import Loop, Probe
+from maekit.report.files import write_whole
+from maekit.report.plots import lines
+from maekit.scores.regression import Choice, choose, standardise
+from maekit.settings import Probe
 from maekit.tasks import Result
-from maekit.tasks.features import Features, extract_both, labelled_splits, load_encoder
-from maekit.tasks.finetune import scorer
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, stopped, typed
-from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, train_loader
+from maekit.tasks.feature_cache import open_cache
+from maekit.tasks.features import Features, Wanted, extract_layers, load_encoder, rows_of, whole_splits
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, typed
+from maekit.tasks.trained_probe import train_probe
+from maekit.tasks.training import default_out
 from maekit.train.device import World, world
-from maekit.train.loop import Plan, fit
-from maekit.train.optim import lars
-from maekit.train.schedule import schedule
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse regularisation strengths among which a fifth of the training labels decides."""
-PER_PASS = 512
-"""Images in one pass of the lars protocol: batch norm is over as many as on each GPU of official main_linprobe.py."""
+Row = dict[str, Any]
+"""layer, pool, labels, train_images, strength, held_top1, held_loss, top1."""
 
 
 def probe(settings: Probe | dict[str, Any]) -> Result:
-    """Return top1 of a linear classifier on frozen features of held-out images.
+    """Return top1 of a small classifier on frozen features of held-out images.
 
     Raises:
-        MaekitError: E-USAGE-, E-DATA-, E-CKPT-, E-CONFIG-.
+        MaekitError: E-USAGE-, E-DATA-, E-CKPT-, E-CONFIG-, E-NUM-FEATURES.
     """
     settings = typed(Probe, settings)
+    _check_protocol(settings)
     with world(settings.device) as here:
-        if settings.protocol == "lars":
+        if settings.protocol != "logistic":
             run = open_run(settings.out or default_out("probe", settings.data), "probe", settings)
-            return carry_out(run, lambda: _lars(settings, run, here))
-        _only_for_lars(settings)
+            return carry_out(run, lambda: train_probe(settings, run, here))
         if settings.out is None:
             return _logistic(settings, None, here)
         run = open_run(settings.out, "probe", settings)
         return carry_out(run, lambda: _logistic(settings, run, here))
 
 
-def _only_for_lars(settings: Probe) -> None:
-    fields = type(settings).model_fields
-    given = [name for name in settings.only_for_lars if getattr(settings, name) != fields[name].default]
-    if given:
-        raise MaekitError(
-            "E-CONFIG-BOTH",
-            f"settings {' and '.join(given)}",
-            found="protocol logistic, which is solved and not trained",
-            expected="protocol lars",
-            hint="--protocol lars",
-        )
+def _check_protocol(settings: Probe) -> None:
+    """Refuse settings that the protocol has no use for.
+
+    Raises:
+        MaekitError: E-CONFIG-BOTH.
+    """
+    if settings.protocol == "logistic":
+        fields = type(settings).model_fields
+        names = [name for name in settings.only_trained if getattr(settings, name) != fields[name].default]
+        found, expected = "protocol logistic, which is solved and not trained", "protocol lars"
+    else:
+        several = {"pool": isinstance(settings.pool, list), "labels": "," in (settings.labels or "")}
+        several |= {"layers": settings.layers is not None}
+        several |= {"pool": several["pool"] or (settings.protocol == "attentive" and settings.pool is not None)}
+        names = [name for name, given in several.items() if given]
+        found, expected = f"protocol {settings.protocol}, which trains one head", "protocol logistic"
+    if names:
+        what = f"settings {' and '.join(names)}"
+        raise MaekitError("E-CONFIG-BOTH", what, found=found, expected=expected, hint=f"--{expected}")
 
 
 def _logistic(settings: Probe, run: Run | None, here: World) -> Result:
-    """Solve the regression on features of every image; with a folder, keep settings and result there."""
-    train, val = labelled_splits(settings)
+    """Solve a regression for each block, pooling and part of the labels; with a folder, keep settings and results."""
+    whole, val = whole_splits(settings)
+    specs = [None] if settings.labels is None else [spec.strip() for spec in settings.labels.split(",")]
+    parts = {spec or "all": label_subset(whole, spec, settings.label_seed) for spec in specs}
+    used = sorted(set().union(*parts.values()))
+    places = {image: place for place, image in enumerate(used)}
+    train = whole.subset(used)
+    subsets = {spec: [places[image] for image in images] for spec, images in parts.items()}
     model = load_encoder(settings, here)
-    top1, strength = logistic_top1(*extract_both(model, train, val, here, settings), seed=settings.seed)
-    metrics = {"run": str(settings.run), "top1": top1, "protocol": "logistic", "strength": strength}
-    metrics |= {"train_images": len(train), "val_images": len(val)}
+    wanted = _wanted(settings, model)
+    cache = open_cache(settings)
+    banks, queries = (
+        extract_layers(model, part, here, wanted, workers=settings.workers, title=f"features of {name}", cache=cache)
+        for part, name in ((train, "train"), (val, "val"))
+    )
+    jobs = [(one, spec) for spec in subsets for one in wanted]
+    device = here.device if here.device.type == "cuda" else torch.device("cpu")
+    rows = [
+        _row(one, spec, rows_of(banks[one], subsets[spec]), queries[one], settings.seed, device)
+        for one, spec in tqdm(jobs, "probes", disable=len(jobs) == 1 or not sys.stderr.isatty(), leave=False)
+    ]
+    metrics = _metrics(settings, rows, train, val)
     if run is not None and here.is_main:
-        found = Resolved(
-            images=len(train),
-            fingerprint=train.fingerprint(),
-            classes=train.classes,
-            model=model.spec,
-            deviations=deviating(settings),
-        )
-        describe(run, settings, found)
-        finish(run, metrics)
-    return Result(
-        metrics,
-        f"linear probe top-1 {top1:.4f} (logistic, C {strength:g}; {len(train)} labels, {len(val)} held-out images)",
+        _keep(run, settings, model, train, rows, metrics)
+    return Result(metrics, _told(rows, metrics))
+
+
+def _wanted(settings: Probe, model: MaskedAutoencoder) -> list[Wanted]:
+    """Return the blocks and poolings asked for.
+
+    Raises:
+        MaekitError: E-CONFIG-LAYERS for a block that is not there.
+    """
+    depth = len(model.encoder.blocks)
+    layers = range(1, depth + 1) if settings.layers == "all" else settings.layers or [depth]
+    if max(layers) > depth:
+        raise MaekitError(
+            "E-CONFIG-LAYERS", "setting layers", found=max(layers), expected=f"1 to {depth}, the blocks of the encoder",
+            hint="--layers all",
+        )  # fmt: skip
+    pools = settings.pool if isinstance(settings.pool, list) else [settings.pool or "mean"]
+    return list(dict.fromkeys((layer, pool) for layer in layers for pool in pools))
+
+
+def _row(one: Wanted, spec: str, train: Features, val: Features, seed: int, device: torch.device) -> Row:
+    choice, top1 = _solve(train, val, seed, device)
+    row: Row = {"layer": one[0], "pool": one[1], "labels": spec, "train_images": len(train.index)}
+    return (
+        row
+        | {"strength": choice.solved.strength, "held_top1": choice.held_top1, "held_loss": choice.held_loss}
+        | {"top1": top1}
     )
 
 
@@ -97,98 +132,75 @@ def logistic_top1(train: Features, val: Features, *, seed: int) -> tuple[float, 
     Returns:
         top-1 on `val`, and the strength C chosen (inverse regularisation, as in scikit-learn).
     """
-    # one thread: the matrices are small, and several threads wait for each other on a busy machine
-    with threadpool_limits(1):
-        return _logistic_top1(train, val, seed)
+    choice, top1 = _solve(train, val, seed, torch.device("cpu"))
+    return top1, choice.solved.strength
 
 
-def _logistic_top1(train: Features, val: Features, seed: int) -> tuple[float, float]:
-    x, y = train.values.numpy(), train.labels.numpy()
-    fewest = np.bincount(y)[np.unique(y)].min()
-    strength = STRENGTHS[-2]
-    if fewest >= 5:  # else a fifth would leave classes out
-        fit_x, held_x, fit_y, held_y = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed % 2**32)
-        scores = [_regression(c).fit(fit_x, fit_y).score(held_x, held_y) for c in STRENGTHS]
-        strength = STRENGTHS[int(np.argmax(scores))]
-    solved = _regression(strength).fit(x, y)
-    return float(solved.score(val.values.numpy(), val.labels.numpy())), strength
+def _solve(train: Features, val: Features, seed: int, device: torch.device) -> tuple[Choice, float]:
+    x, queries = standardise(train.values.to(device), val.values.to(device))
+    choice = choose(x, train.labels.to(device), int(train.labels.max()) + 1, seed=seed)
+    return choice, choice.solved.top1(queries, val.labels.to(device))
 
 
-def _regression(strength: float) -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-3, max_iter=2000))
+def _metrics(settings: Probe, rows: list[Row], train: Source, val: Source) -> dict[str, Any]:
+    """Return what was found; of several the row is the result that did best on training labels held out."""
+    last = [row for row in rows if row["labels"] == rows[-1]["labels"]]
+    chosen = max(last, key=lambda row: (row["held_top1"] or 0.0, -(row["held_loss"] or 0.0)))
+    metrics = {"run": str(settings.run), "top1": chosen["top1"], "protocol": "logistic", "strength": chosen["strength"]}
+    metrics |= {"train_images": len(train), "val_images": len(val), "layer": chosen["layer"], "pool": chosen["pool"]}
+    return metrics | {"held_top1": chosen["held_top1"]} | ({"sweep": rows} if len(rows) > 1 else {})
 
 
-class Probed(nn.Module):
-    """Frozen encoder under a trained head: batch norm without affine part and a linear layer."""
-
-    def __init__(self, model: MaskedAutoencoder, num_classes: int, pool: str) -> None:
-        super().__init__()
-        self.model, self.pool = model.requires_grad_(False), pool
-        self.head = LinearHead(model.encoder.embed_dim, num_classes)
-
-    def train(self, mode: bool = True) -> "Probed":
-        """Let only the head change its mode: the encoder stays as it is when it is used."""
-        super().train(mode)
-        self.model.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes)."""
-        return self.head(self.model.features(images, pool=self.pool))
-
-
-def _loop(settings: Probe) -> Loop:
-    """Return what the lars protocol trains with: table 10 where nothing else is said."""
-    epochs = settings.epochs or 90
-    return Loop(
-        epochs=epochs,
-        batch_size=settings.batch_size or 1024,
-        micro_batch=settings.micro_batch,
-        base_lr=settings.base_lr or 0.1,
-        warmup_epochs=min(10, epochs / 9) if settings.warmup_epochs is None else settings.warmup_epochs,
-        weight_decay=settings.weight_decay or 0.0,
-        drop_last=True,
+def _keep(
+    run: Run, settings: Probe, model: MaskedAutoencoder, train: Source, rows: list[Row], metrics: dict[str, Any]
+) -> None:
+    """Write config.yaml, the table (sweep.csv) and the plot (sweep.svg) of several rows, result.json."""
+    found = Resolved(
+        images=len(train),
+        fingerprint=train.fingerprint(),
+        classes=train.classes,
+        model=model.spec,
+        deviations=deviating(settings),
     )
+    describe(run, settings, found)
+    if len(rows) > 1:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(run.path / "sweep.csv", text.getvalue().encode())
+        series = {
+            " ".join(name): ([row["layer"] for row in _of(rows, name)], [row["top1"] for row in _of(rows, name)])
+            for name in _columns(rows)
+        }
+        write_whole(run.path / "sweep.svg", lines(series, x="block").encode())
+    finish(run, metrics)
 
 
-def _lars(settings: Probe, run: Run, here: World) -> Result:
-    """Train the head on the one loop as in the paper (table 10): LARS, no decay, warm-up, crops and flips."""
-    train, val = labelled_splits(settings)
-    model = load_encoder(settings, here)
-    pool = settings.pool or ("cls" if model.encoder.has_class_token else "mean")
-    loop = _loop(settings)
-    channels_of(train, len(model.mean))
-    statistics = (model.mean, model.std)
-    resolved = prepare(
-        run, settings, loop, train, here, model, statistics=statistics, classes=train.classes, per_pass=PER_PASS
-    )
-    seed_all(settings.seed)
-    probed = Probed(model, len(train.classes or []), pool).to(here.device).train()
-    view = ProbeView(model.img_size, settings.crop_scale or (0.08, 1.0), settings.flip is not False)
-    loader = train_loader(
-        train, view, loop, resolved, here, run,
-        size=model.img_size, seed=settings.seed, workers=settings.workers,
-    )  # fmt: skip
-    plan = Plan(
-        schedule(loop, loader.steps_per_epoch, loader.batch_size),
-        loop.model_copy(update={"precision": resolved.precision}),
-        settings.seed,
-        metadata(model),
-    )
-    say_what_runs("probe", probed, train, plan.schedule.total, here, resolved)
+def _columns(rows: list[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["labels"], row["pool"]) for row in rows))
 
-    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(module(batch["images"]), batch["labels"])}
 
-    optimizer = lars(probed.head, lr=plan.schedule.peak, weight_decay=loop.weight_decay)
-    evaluate = scorer(
-        val, model.img_size, model.mean, model.std, here, workers=settings.workers, precision=resolved.precision
-    )
-    outcome = fit(probed, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
-    metrics = {"run": str(run.path), "steps": outcome.step, "loss": outcome.loss, "state_sha256": outcome.state_sha256}
-    metrics |= {"top1": outcome.scores.get("val/top1"), "protocol": "lars"}
-    if outcome.stopped:
-        return stopped(metrics)
-    if here.is_main:
-        finish(run, metrics)
-    return Result(metrics, f"linear probe top-1 {metrics['top1']:.4f} (lars, last epoch, {len(val)} held-out images)")
+def _of(rows: list[Row], column: tuple[str, str]) -> list[Row]:
+    return [row for row in rows if (row["labels"], row["pool"]) == column]
+
+
+def _told(rows: list[Row], metrics: dict[str, Any]) -> str:
+    facts = f"logistic, C {metrics['strength']:g}"
+    if len(rows) > 1:
+        facts += f", block {metrics['layer']}, {metrics['pool']}: chosen on held-out training labels"
+    count = next(row["train_images"] for row in rows if row["labels"] == rows[-1]["labels"])
+    end = f"linear probe top-1 {metrics['top1']:.4f} ({facts}; {count} labels, {metrics['val_images']} held-out images)"
+    return end if len(rows) == 1 else _table(rows) + "\n" + end
+
+
+def _table(rows: list[Row]) -> str:
+    """Return top-1 by block, a column for each part of the labels and pooling."""
+    columns = _columns(rows)
+    heads = [" ".join(column) for column in columns]
+    widths = [max(8, len(head)) + 2 for head in heads]
+    table = ["block" + "".join(head.rjust(width) for head, width in zip(heads, widths, strict=True))]
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        scores = [next(row["top1"] for row in _of(rows, column) if row["layer"] == layer) for column in columns]
+        table.append(f"{layer:5}" + "".join(f"{s:{width}.4f}" for s, width in zip(scores, widths, strict=True)))
+    return "\n".join(table)

@@ -17,7 +17,6 @@ from typing import Any
 
 import timm
 import torch
-from torch.nn import functional as F
 
 from maekit import __version__
 from maekit.config import dump_yaml, resolve
@@ -28,17 +27,19 @@ from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.recipes.builtin import finetune_fashion, pretrain_fashion
-from maekit.report.grids import reconstruction_grid, write_png
+from maekit.report.grids import write_png
 from maekit.report.page import Figure, Section, Table, write_report
 from maekit.report.plots import bars, curves
 from maekit.report.reconstruction import ratio_figure, reconstruct_images
+from maekit.scores.neighbours import knn_top1, nearest
 from maekit.seeds import seed_all
 from maekit.settings import Finetune, Pretrain, Quickstart
 from maekit.tasks import Result
-from maekit.tasks.features import Features, extract, knn_top1, pixels
+from maekit.tasks.features import Features, extract, pixels
 from maekit.tasks.finetune import finetune
 from maekit.tasks.pretrain import pretrain, some_images
 from maekit.tasks.probe import logistic_top1
+from maekit.tasks.retrieve import neighbour_grid
 from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, same_data, typed
 from maekit.tasks.training import channels_of, number_of_workers
 from maekit.train.device import World, resolve_device
@@ -259,7 +260,7 @@ def _measure(
     classes = len(parts[0].classes or [])
     knn, probe = {}, {}
     for name, (bank, queries) in arms.items():
-        knn[name] = knn_top1(bank, queries, num_classes=classes, k=20, temperature=0.07)
+        knn[name] = knn_top1(bank.labelled, queries.labelled, classes, k=20, temperature=0.07)
         probe[name] = logistic_top1(bank, queries, seed=settings.seed)[0]
         log.info("%s: kNN %.4f, linear probe %.4f", name, knn[name], probe[name])
     return knn, probe
@@ -405,15 +406,10 @@ def _accuracies(measures: Measures | None, bank: int, queries: int) -> list[Sect
 
 def _neighbours(parts: list[Source], ours: list[Features], model: MaskedAutoencoder) -> Any:
     """Return a grid: held-out image, then its nearest training images."""
-    bank, queries = (F.normalize(part.values, dim=1) for part in ours)
-    asked = [i * len(queries) // 8 for i in range(min(8, len(queries)))]
-    nearest = (queries[asked] @ bank.T).topk(min(5, len(bank)), dim=1).indices
-    rows = []
-    for query, found in zip(asked, nearest.tolist(), strict=True):
-        left = some_images(parts[1].subset([int(ours[1].index[query])]), model, 1)
-        right = [some_images(parts[0].subset([int(ours[0].index[i])]), model, 1) for i in found]
-        rows.append([(image[0] * 255).round().clamp(0, 255).byte() for image in (left, *right)])
-    return reconstruction_grid(rows, ["held out", *(f"nearest {i + 1}" for i in range(len(rows[0]) - 1))])
+    bank, queries = zip(parts, ours, strict=True)
+    count = len(ours[1].index)
+    asked = [i * count // 8 for i in range(min(8, count))]
+    return neighbour_grid(model, bank, queries, asked, nearest(ours[0].values, ours[1].values, 5))
 
 
 def _what_ran(
