@@ -1,0 +1,1 @@
+"""What outputs of a model are worth: pure functions on tensors."""
