@@ -48,6 +48,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+AllOrBlocks = Annotated[float, Field(ge=0)] | Literal["all"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
 
 
@@ -244,14 +245,42 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     label_smoothing: float = setting(0.1, "label smoothing (T9)", ge=0, lt=1)
     mixup: float = setting(0.8, "mixup alpha; 0: off (T9)", ge=0)
     cutmix: float = setting(1.0, "cutmix alpha; 0: off (T9)", ge=0)
+    mixup_prob: float = setting(1.0, "share of batches that are mixed at all (OFF)", gt=0, le=1)
+    mixup_switch: float = setting(0.5, "share of mixed batches that take cutmix where both are on (OFF)", ge=0, le=1)
+    loss: Literal["cross-entropy", "bce"] = setting(
+        "cross-entropy", "against soft targets where images are mixed; bce: binary, class by class (arXiv 2110.00476)"
+    )
+    class_weights: Literal["balanced"] | None = setting(
+        None, "balanced: a class of few images weighs more, n / (classes * images of it); default: all images the same"
+    )
     auto_augment: str | None = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment string; none: off (T9)")
+    color_jitter: float = setting(
+        0.0,
+        "brightness, contrast and saturation change by up to this share, before RandAugment; 0: off (T9)",
+        ge=0,
+        le=1,
+    )
     random_erasing: float = setting(0.25, "probability of random erasing (OFF; the paper lists none)", ge=0, le=1)
     crop_scale: Shares = setting((0.08, 1.0), "area range of the random crop (OFF)")
     flip: bool = setting(True, "mirror half of the images")
     crop_pct: float | None = setting(
         None, "part of the resized image that is scored; default: .875 from 112 to 224 px, otherwise 1", gt=0, le=1
     )
-    eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1, resume="free")
+    eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1)
+    select: Literal["last", "held-out"] = setting(
+        "last",
+        "epoch that is scored: the last, or the best on a fifth of the training images, held out by a hash of their "
+        "names; the images to score on choose nothing",
+    )
+    tta: Literal["flip", "5-crop", "10-crop"] | None = setting(
+        None,
+        "at the final score, average over the image and its mirror, centre and corners, or both; default: one view",
+    )
+    tune_blocks: AllOrBlocks = setting(
+        "all",
+        "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
+        "the last block too (paper section 4.4); all: embeddings too",
+    )
 
 
 class Probe(Images, Labels, Machine):

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import ColorJitter, InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from maekit.errors import MaekitError
@@ -43,6 +43,11 @@ def eval_view(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Te
     For 224 px and .875: resize the shorter side to 256, centre crop 224, both bicubic with antialiasing
     (official evaluation). `image` is (C, H, W), the result (C, *size), same dtype.
     """
+    return F.center_crop(resize_to_cover(image, size, crop_pct), list(size))
+
+
+def resize_to_cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> Tensor:
+    """Resize (C, H, W), keeping the aspect, to the smallest that covers ``size / crop_pct``."""
     height, width = image.shape[-2:]
     rows, columns = int(size[0] / crop_pct), int(size[1] / crop_pct)
     # whole numbers, rounded down: exactly the sides that torchvision's Resize gives
@@ -50,7 +55,7 @@ def eval_view(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Te
     target = [rows, width * rows // height] if tall else [height * columns // width, columns]
     if target != [height, width]:
         image = F.resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(image, list(size))
+    return image
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
@@ -114,6 +119,20 @@ class EvalView:
 
 
 @dataclass(frozen=True)
+class CropsView:
+    """Five crops of one image: centre and corners of the resized one, of which `crop_pct` is kept on each side."""
+
+    size: tuple[int, int]
+    crop_pct: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return (5, C, *size), the centre first, which is what `EvalView` shows."""
+        image = resize_to_cover(image, self.size, self.crop_pct)
+        *corners, centre = F.five_crop(image, list(self.size))
+        return torch.stack([centre, *corners])
+
+
+@dataclass(frozen=True)
 class PretrainView:
     """Random resized crop and mirror (paper appendix A.1; scale .2 to 1, bicubic: official code)."""
 
@@ -143,10 +162,11 @@ class ProbeView:
 
 @dataclass(frozen=True)
 class FinetuneView:
-    """Random resized crop, mirror and timm's RandAugment (paper table 9).
+    """Random resized crop, mirror, colour jitter and timm's RandAugment (paper table 9).
 
     Attributes:
         fill: colour (0-255 per channel) of what RandAugment shifts in from outside: the data's mean.
+        color_jitter: brightness, contrast and saturation are multiplied by 1 - this to 1 + this.
     """
 
     size: tuple[int, int]
@@ -154,6 +174,7 @@ class FinetuneView:
     flip: bool = True
     auto_augment: str | None = None
     fill: tuple[int, ...] = (124, 116, 104)
+    color_jitter: float = 0.0
 
     @cached_property
     def _augment(self) -> Any:
@@ -171,21 +192,24 @@ class FinetuneView:
         image = random_crop(image, self.size, self.scale)
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)
+        if self.color_jitter:
+            image = ColorJitter(*(self.color_jitter,) * 3)(image)
         if self.auto_augment:
             image = F.pil_to_tensor(self._augment(F.to_pil_image(image)))
         return image
 
     def __post_init__(self) -> None:
+        for name, on, off in (("auto_augment", self.auto_augment, "none"), ("color_jitter", self.color_jitter, "0")):
+            if on and len(self.fill) not in (1, 3):
+                raise MaekitError(
+                    "E-CONFIG-AUGMENT",
+                    f"setting {name}",
+                    found=f"images of {len(self.fill)} channels",
+                    expected="1 or 3 channels: it works on pictures",
+                    hint=f"--{name.replace('_', '-')} {off}",
+                )
         if not self.auto_augment:
             return
-        if len(self.fill) not in (1, 3):
-            raise MaekitError(
-                "E-CONFIG-AUGMENT",
-                "setting auto_augment",
-                found=f"images of {len(self.fill)} channels",
-                expected="1 or 3 channels: RandAugment works on pictures",
-                hint="--auto-augment none",
-            )
         try:
             assert RAND_AUGMENT.fullmatch(self.auto_augment), "timm would pass over what it cannot read"
             _ = self._augment

@@ -161,8 +161,9 @@ def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
     """Read weights of any layout into memory, checked; no model is built yet.
 
     Args:
-        path: a run folder (its newest checkpoint that verifies), one checkpoint's folder, a file of maekit, or what
-            another library wrote: a file, or a folder with ``config.json``.
+        path: a run folder (the epoch it chose, if it chose one, else its newest checkpoint that verifies), one
+            checkpoint's folder, a file of maekit, or what another library wrote: a file, or a folder with
+            ``config.json``.
         hints: what a file of another library does not say by itself.
 
     Raises:
@@ -311,10 +312,11 @@ def _holds_checkpoint(path: Path) -> bool:
 
 
 def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
-    """Read the checkpoint in a folder, or the newest that verifies of a run."""
+    """Read the checkpoint in a folder; of a run the best epoch's where it chose one, else the newest that verifies."""
     if (folder / checkpoint.MANIFEST).exists():
         return checkpoint.load(folder)
-    found = checkpoint.newest(folder / "checkpoints")
+    best = folder / "best"
+    found = checkpoint.newest(best if best.exists() else folder / "checkpoints")
     if found is None:
         raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=READABLE)
     log.info("weights of step %d from %s", found.step, found.path)
