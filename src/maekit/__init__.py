@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Finetune,
         Inspect,
         Knn,
+        Partial,
         Pretrain,
         Probe,
         Quickstart,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from maekit.tasks.finetune import finetune
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
+    from maekit.tasks.partial import partial
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
@@ -48,6 +50,7 @@ __all__ = [
     "Knn",
     "MaekitError",
     "MaskedAutoencoder",
+    "Partial",
     "Pretrain",
     "Probe",
     "Quickstart",
@@ -62,6 +65,7 @@ __all__ = [
     "inspect",
     "knn",
     "load_model",
+    "partial",
     "pretrain",
     "probe",
     "quickstart",
@@ -81,6 +85,7 @@ _HOMES = {
         "Finetune",
         "Inspect",
         "Knn",
+        "Partial",
         "Pretrain",
         "Probe",
         "Quickstart",
@@ -93,6 +98,7 @@ _HOMES = {
     "maekit.tasks.finetune": ("finetune",),
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
+    "maekit.tasks.partial": ("partial",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),

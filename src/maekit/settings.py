@@ -65,6 +65,9 @@ class Settings(BaseModel):
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
 
+    takes_recipes_of: ClassVar[tuple[type["Settings"], ...]] = ()
+    """Settings of other verbs whose recipes serve this one too."""
+
     takes_along: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Settings that a lower layer's lose with what they were meant for, when a higher layer gives the first."""
 
@@ -280,6 +283,18 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
         "all",
         "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
         "the last block too (paper section 4.4); all: embeddings too",
+    )
+
+
+class Partial(Finetune):
+    """Fine-tune only the last blocks, for a series of numbers of them, beside the linear probe."""
+
+    takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Finetune,)
+
+    tune_blocks: list[AllOrBlocks] = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
+        [0, 0.5, 1, 2, 4, 6, 12, 18, "all"],
+        "numbers of last blocks that are trained, each in a run of its own; default: 0 0.5 1 2 4 6 12 18 all, as far "
+        "as the model has them (paper Fig. 9)",
     )
 
 

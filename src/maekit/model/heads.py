@@ -66,11 +66,7 @@ def freeze_below(model: VisionTransformer, blocks: float) -> None:
         MaekitError: E-CONFIG-BLOCKS.
     """
     depth = len(model.blocks)
-    if blocks != 0.5 and (blocks != int(blocks) or not 0 <= blocks <= depth):
-        raise MaekitError(
-            "E-CONFIG-BLOCKS", "setting tune_blocks", found=f"{blocks:g} of a model of {depth} blocks",
-            expected=f"0, 0.5, 1 to {depth}, or all",
-        )  # fmt: skip
+    check_blocks(depth, blocks)
     trained = [*list(model.blocks)[depth - int(blocks) :], model.norm, model.fc_norm, model.head_drop, model.head]
     if blocks == 0.5:
         last = model.blocks[-1]
@@ -78,6 +74,19 @@ def freeze_below(model: VisionTransformer, blocks: float) -> None:
     model.requires_grad_(False).eval()
     for part in trained:
         part.requires_grad_(True).train()
+
+
+def check_blocks(depth: int, blocks: float) -> None:
+    """Refuse a number of last blocks that a model of `depth` blocks has not.
+
+    Raises:
+        MaekitError: E-CONFIG-BLOCKS.
+    """
+    if blocks != 0.5 and (blocks != int(blocks) or not 0 <= blocks <= depth):
+        raise MaekitError(
+            "E-CONFIG-BLOCKS", "setting tune_blocks", found=f"{blocks:g} of a model of {depth} blocks",
+            expected=f"0, 0.5, 1 to {depth}, or all",
+        )  # fmt: skip
 
 
 def encoder_spec(spec: dict[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing)
     for one in found:
         metrics |= one.metrics(num_classes)
+    metrics["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     metrics |= {"train_images": len(train), "val_images": len(parts.val)}
     if parts.held:
         metrics["held_images"] = len(parts.held)
