@@ -373,3 +373,25 @@ def test_views_at_the_score_are_averaged_as_probabilities(
             each = model((torch.stack(views) / 255 - mean[0]) / std[0]).softmax(1).mean(0)
         assert float(judged.confidence[i]) == pytest.approx(float(each.max()), rel=1e-4)
         assert float(judged.loss[i]) == pytest.approx(-float(each[val.labels[i]].log()), rel=1e-3, abs=1e-4)  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_three_processes_score_each_image_once_and_as_one_does(
+    maekit: Run, base: dict[str, Any], classes: Path, tmp_path: Path, flags: Run
+) -> None:
+    """100 images over three processes, none padded or seen twice; held-out images choose the same epoch for all."""
+    from maekit.interchange.weights import load_classifier
+    from maekit.scores.measures import measures
+    from maekit.tasks.scoring import scorer
+    from maekit.train.device import World
+
+    settings = {name: value for name, value in base.items() if name != "run"} | {"epochs": 1, "out": tmp_path / "run"}
+    words = flags({**settings, "select": "held-out", "nproc": 3, "batch_size": 9, "layer_decay": 0.75})
+    done = maekit("finetune", base["run"], *words, "--json")
+    assert done.code == 0, done.stderr
+    model, names, spec = load_classifier(tmp_path / "run")
+    here, val = World(0, 1, torch.device("cpu")), open_source(classes, "val", classes=names)
+    judged = scorer(val, (28, 28), tuple(spec["mean"]), tuple(spec["std"]), here, workers=0).judged(model)
+    assert len(judged.labels) == 100
+    for name, value in measures(judged, 10).items():
+        assert done.json[name] == pytest.approx(value, rel=1e-6), name
