@@ -256,7 +256,9 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     class_weights: Literal["balanced"] | None = setting(
         None, "balanced: a class of few images weighs more, n / (classes * images of it); default: all images the same"
     )
-    auto_augment: str | None = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment string; none: off (T9)")
+    auto_augment: str | None = setting(
+        "rand-m9-mstd0.5-inc1", "timm's RandAugment string, or tensor-m9-n2: torchvision's, on tensors; none: off (T9)"
+    )
     color_jitter: float = setting(
         0.0,
         "brightness, contrast and saturation change by up to this share, before RandAugment; 0: off (T9)",

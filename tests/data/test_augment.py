@@ -1,5 +1,6 @@
 """Views against torchvision's own transforms, which the official recipes use."""
 
+import pickle
 import random
 
 import numpy as np
@@ -221,3 +222,17 @@ def test_colour_jitter_changes_colours_within_its_share_and_follows_the_seed() -
 def test_colour_jitter_wants_pictures() -> None:
     with pytest.raises(MaekitError, match="color_jitter"):
         FinetuneView((8, 8), fill=(0,) * 5, color_jitter=0.4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_randaugment_on_tensors_is_torchvisions(channels: int) -> None:
+    image = photo(24, 24, channels)
+    view = FinetuneView((24, 24), (1.0, 1.0), flip=False, auto_augment="tensor-m9-n2", fill=(7,) * channels)
+    theirs = v2.RandAugment(2, 9, 11, InterpolationMode.BILINEAR, fill=[7.0] * channels)
+    seen = []
+    for seed in range(12):
+        seed_cpu(seed)
+        seen.append(pickle.loads(pickle.dumps(view))(image))
+        seed_cpu(seed)
+        assert torch.equal(seen[-1], theirs(image)) and seen[-1].dtype == torch.uint8
+    assert sum(not torch.equal(one, image) for one in seen) > 6

@@ -395,3 +395,25 @@ def test_three_processes_score_each_image_once_and_as_one_does(
     assert len(judged.labels) == 100
     for name, value in measures(judged, 10).items():
         assert done.json[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_a_class_of_one_image_is_trained_on_and_has_none_to_be_scored_on(
+    base: dict[str, Any], classes: Path, tmp_path: Path
+) -> None:
+    for i, file in enumerate(sorted((classes / "train").rglob("*.png"))[:30]):
+        place = tmp_path / "data" / ("rare" if i == 29 else "ab"[i % 2]) / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+    settings = {**base, "data": str(tmp_path / "data"), "labels": None, "epochs": 1, "select": "held-out"}
+    done = package.finetune({**settings, "class_weights": "balanced", "out": tmp_path / "run"})
+    rare = (tmp_path / "run/per_class.csv").read_text().splitlines()[-1]
+    assert done.exit_code == 0 and rare.startswith("rare,0,0.0,0.0,0.0") and done.metrics["val_images"] == 6
+
+
+def test_a_fine_tuned_classifier_is_no_start(
+    base: dict[str, Any], whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its head, of whatever size, is not taken over silently, nor dropped."""
+    with pytest.raises(MaekitError, match="fine-tuned classifier") as caught:
+        package.finetune({**base, "run": whole[0], "out": tmp_path / "run"})
+    assert caught.value.code == "E-CKPT-KIND" and not (tmp_path / "run").exists()

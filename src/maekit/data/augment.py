@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import ColorJitter, InterpolationMode
+from torchvision.transforms.v2 import ColorJitter, InterpolationMode, RandAugment
 from torchvision.transforms.v2 import functional as F
 
 from maekit.errors import MaekitError
@@ -26,6 +26,8 @@ ASPECT = (3 / 4, 4 / 3)
 """Aspect ratios of random crops: torchvision's RandomResizedCrop, which the official pre-training uses."""
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?|-t[a-z0-9]+)*")
 """What timm reads of a RandAugment string: magnitude, number, probability, noise, limit, increasing; a set of names."""
+TENSOR_AUGMENT = re.compile(r"tensor-m(\d|10)-n([1-9])")
+"""torchvision's RandAugment on tensors, without a detour through Pillow: magnitude of 10, number of operations."""
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
@@ -178,6 +180,10 @@ class FinetuneView:
 
     @cached_property
     def _augment(self) -> Any:
+        if found := TENSOR_AUGMENT.fullmatch(self.auto_augment or ""):
+            magnitude, number = map(int, found.groups())
+            # eleven steps from 0 to torchvision's largest change, so that 9 means nine tenths of it as in timm
+            return RandAugment(number, magnitude, 11, InterpolationMode.BILINEAR, fill=list(self.fill))
         # translate .45 of the side, as timm's own training does for these strings (method: official fine-tuning)
         translate = int(min(self.size) * 0.45)
         fill = self.fill if len(self.fill) == 3 else self.fill[0]
@@ -194,7 +200,9 @@ class FinetuneView:
             image = image.flip(-1)
         if self.color_jitter:
             image = ColorJitter(*(self.color_jitter,) * 3)(image)
-        if self.auto_augment:
+        if self.auto_augment and isinstance(self._augment, RandAugment):
+            image = self._augment(image)
+        elif self.auto_augment:
             image = F.pil_to_tensor(self._augment(F.to_pil_image(image)))
         return image
 
@@ -211,13 +219,14 @@ class FinetuneView:
         if not self.auto_augment:
             return
         try:
-            assert RAND_AUGMENT.fullmatch(self.auto_augment), "timm would pass over what it cannot read"
+            known = RAND_AUGMENT.fullmatch(self.auto_augment) or TENSOR_AUGMENT.fullmatch(self.auto_augment)
+            assert known, "timm would pass over what it cannot read"
             _ = self._augment
         except (AssertionError, ValueError, KeyError) as error:
             raise MaekitError(
                 "E-CONFIG-AUGMENT",
                 "setting auto_augment",
                 found=self.auto_augment,
-                expected="a RandAugment string of timm, as rand-m9-mstd0.5-inc1",
+                expected="a RandAugment string of timm, as rand-m9-mstd0.5-inc1, or tensor-m9-n2",
                 hint="--auto-augment none",
             ) from error

@@ -79,8 +79,19 @@ class Parts:
 
     @staticmethod
     def of(settings: Finetune, train: Source, val: Source) -> "Parts":
-        """Hold a fifth of the training images out where they choose the epoch."""
-        return Parts(train, None, val) if settings.select == "last" else Parts(*hold_out(train), val)
+        """Hold a fifth of the training images out where they choose the epoch.
+
+        Raises:
+            MaekitError: E-DATA-LABELS if no class has an image to spare.
+        """
+        if settings.select == "last":
+            return Parts(train, None, val)
+        if len(set(train.labels or [])) == len(train):
+            raise MaekitError(
+                "E-DATA-LABELS", f"{train.name}: one training image per class", expected="two or more of some",
+                found="none that can be held out to choose the epoch", hint="--select last",
+            )  # fmt: skip
+        return Parts(*hold_out(train), val)
 
 
 def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
