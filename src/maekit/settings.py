@@ -236,6 +236,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     )
     img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")  # pyright: ignore[reportIncompatibleVariableOverride]
     from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
+    new_head: bool = setting(False, "RUN is a fine-tuned classifier: its head and the norm under it are drawn anew")
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens under a new norm (OFF), or the class token")
     epochs: float | None = setting(100, "length of the schedule in passes over the data (T9, ViT-B)", gt=0)

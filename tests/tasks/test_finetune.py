@@ -410,10 +410,34 @@ def test_a_class_of_one_image_is_trained_on_and_has_none_to_be_scored_on(
     assert done.exit_code == 0 and rare.startswith("rare,0,0.0,0.0,0.0") and done.metrics["val_images"] == 6
 
 
-def test_a_fine_tuned_classifier_is_no_start(
-    base: dict[str, Any], whole: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_a_fine_tuned_classifier_is_a_start_only_where_its_head_may_go(
+    base: dict[str, Any], whole: tuple[Path, dict[str, Any]], classes: Path, tmp_path: Path
 ) -> None:
-    """Its head, of whatever size, is not taken over silently, nor dropped."""
+    """Its head, of whatever size, is neither taken over nor dropped silently; the encoder is taken bit by bit."""
+    for part in ("train", "val"):
+        for folder in sorted((classes / part).iterdir())[:3]:
+            place = tmp_path / "data" / part / folder.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(folder)
+    settings = {**base, "run": whole[0], "data": str(tmp_path / "data"), "epochs": 1, "tune_blocks": 0}
+    settings |= {"out": tmp_path / "run"}
     with pytest.raises(MaekitError, match="fine-tuned classifier") as caught:
-        package.finetune({**base, "run": whole[0], "out": tmp_path / "run"})
+        package.finetune(settings)
     assert caught.value.code == "E-CKPT-KIND" and not (tmp_path / "run").exists()
+    done = package.finetune({**settings, "new_head": True})
+    before, after = (checkpoint.newest(run / "checkpoints") for run in (whole[0], tmp_path / "run"))
+    assert done.exit_code == 0 and before is not None and after is not None
+    old, new = before.tensors["model"], after.tensors["model"]
+    assert new["head.weight"].shape[0] == 3 and old["head.weight"].shape[0] == 10
+    assert all(torch.equal(old[name], new[name]) for name in old if not name.startswith(("head.", "fc_norm.")))
+
+
+@pytest.mark.parametrize(
+    ("more", "code"), [({}, "E-CKPT-KIND"), ({"from_scratch": True}, "E-CONFIG-IDLE"), ({"run": None}, "E-CONFIG-IDLE")]
+)
+def test_a_new_head_is_refused_where_there_is_no_old_one(
+    base: dict[str, Any], tmp_path: Path, more: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(MaekitError) as caught:
+        package.finetune({**base, **more, "new_head": True, "out": tmp_path / "run"})
+    assert caught.value.code == code and not (tmp_path / "run").exists()

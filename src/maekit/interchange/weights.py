@@ -216,7 +216,8 @@ def as_model(reading: Reading, *, random_init: bool = False) -> MaskedAutoencode
             f"{reading.path}",
             found="a fine-tuned classifier",
             expected="a masked autoencoder or its encoder",
-            hint="the weights it was fine-tuned from, or load_classifier of maekit.interchange.weights",
+            hint="the weights it was fine-tuned from, finetune --new-head, or load_classifier of "
+            "maekit.interchange.weights",
         )
     if reading.kind == "encoder":
         _limit(reading.spec)
@@ -226,6 +227,25 @@ def as_model(reading: Reading, *, random_init: bool = False) -> MaskedAutoencode
     if reading.kind == "encoder":
         log.info("%s holds the encoder only: the decoder is drawn anew", reading.path)
     (model.encoder if reading.kind == "encoder" else model).load_state_dict(reading.tensors)
+    return model
+
+
+def without_head(reading: Reading) -> MaskedAutoencoder:
+    """Build an autoencoder around a classifier's encoder: head, norm under a mean of tokens and decoder are drawn anew.
+
+    Raises:
+        MaekitError: E-CKPT-KIND for weights without a head; E-CKPT-FORMAT as `as_model`.
+    """
+    if reading.kind != "classifier":
+        raise MaekitError(
+            "E-CKPT-KIND", f"{reading.path}", found="weights without a head", expected="a fine-tuned classifier",
+            hint="no --new-head: every fine-tune of such weights has one",
+        )  # fmt: skip
+    _limit(reading.spec)
+    model = create_model(**reading.spec).eval()
+    taken = {name: value for name, value in reading.tensors.items() if not name.startswith(("head.", "fc_norm."))}
+    missing = model.encoder.load_state_dict(taken, strict=False).missing_keys
+    assert all(name.startswith("norm.") for name in missing), missing
     return model
 
 

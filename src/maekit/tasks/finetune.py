@@ -1,8 +1,8 @@
 """Train encoder and head on labelled images, from pre-trained or random weights under one recipe."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from maekit.data.augment import EvalView, FinetuneView, default_crop_pct
 from maekit.data.loader import Batch
 from maekit.data.sources import Source, hold_out
 from maekit.errors import MaekitError
-from maekit.interchange.weights import load_model, metadata
+from maekit.interchange.weights import as_model, metadata, read_weights, without_head
 from maekit.model.heads import classifier, freeze_below
 from maekit.model.mae import MaskedAutoencoder, at_size, create_model
 from maekit.report.classification import Scored, classification_report
@@ -25,7 +25,7 @@ from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
-from maekit.tasks.scoring import Scorer, scorer
+from maekit.tasks.scoring import final_scores, scorer
 from maekit.tasks.training import (
     Statistics,
     channels_of,
@@ -35,13 +35,11 @@ from maekit.tasks.training import (
     spread,
     train_loader,
 )
-from maekit.train.best import FOLDERS
-from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
-from maekit.train.loop import Plan, fit
+from maekit.train.loop import Outcome, Plan, fit
 from maekit.train.losses import balanced_weights, soft_targets, supervised_loss
 from maekit.train.optim import adamw, finetune_groups
-from maekit.train.schedule import Schedule, schedule
+from maekit.train.schedule import schedule
 
 
 def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] | None = None) -> Result:
@@ -98,7 +96,6 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     train = parts.fit
     refuse_idle(settings)
     origin, statistics = _origin(settings, train)
-    num_classes = len(train.classes or [])
     view = FinetuneView(
         origin.img_size,
         settings.crop_scale,
@@ -107,13 +104,7 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
         (0,) * len(origin.mean),
         settings.color_jitter,
     )
-    seed_all(settings.seed)
-    model = classifier(
-        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
-    )
-    model.train()
-    if settings.tune_blocks != "all":
-        freeze_below(model, settings.tune_blocks)
+    model = _classifier(settings, origin, len(train.classes or []))
     channels_of(train, len(origin.mean))
     score = partial(scorer, size=origin.img_size, here=here, workers=settings.workers, crop_pct=settings.crop_pct)
     score(parts.val, mean=origin.mean, std=origin.std, tta=settings.tta)  # refused before anything is written
@@ -133,28 +124,15 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     plan = Plan(timing, loop, settings.seed, facts, eval_every=every, keep_best="held/top1" if parts.held else "")
     say_what_runs("finetune", model, train, timing.total, here, resolved)
 
-    step = supervised_step(settings, num_classes, here.device, train.labels)
+    step = supervised_step(settings, model.num_classes, here.device, train.labels)
     groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)
     watch = score(parts.held, name="held") if parts.held else score(parts.val)
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
-
-    metrics: dict[str, Any] = {
-        "run": str(run.path),
-        "steps": outcome.step,
-        "loss": outcome.loss,
-        "images_per_second": round(outcome.images_per_second, 1),
-        "state_sha256": outcome.state_sha256,
-    }
     if outcome.stopped:
-        return stopped(metrics)
+        return stopped(_counted(run, outcome))
     found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing)
-    for one in found:
-        metrics |= one.metrics(num_classes)
-    metrics["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    metrics |= {"train_images": len(train), "val_images": len(parts.val)}
-    if parts.held:
-        metrics["held_images"] = len(parts.held)
+    metrics = _counted(run, outcome) | _scored(found, model, parts)
     if here.is_main:
         shown = EvalView(origin.img_size, settings.crop_pct or default_crop_pct(origin.img_size))
         classification_report(run.path, found, parts.val, model, shown, resolved.mean)
@@ -166,6 +144,39 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
         f"{run.path}: top-1 {metrics['top1']:.4f} after {metrics['score_of']}, from {start}; "
         f"{len(train)} labels, scored on {len(parts.val)} held-out images; look at {run.path}/report.html",
     )
+
+
+def _classifier(settings: Finetune, origin: MaskedAutoencoder, num_classes: int) -> VisionTransformer:
+    """Build the classifier in train mode, all but the last blocks frozen where that is asked for."""
+    seed_all(settings.seed)
+    model = classifier(
+        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
+    )
+    model.train()
+    if settings.tune_blocks != "all":
+        freeze_below(model, settings.tune_blocks)
+    return model
+
+
+def _counted(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Return what the loop counted."""
+    return {
+        "run": str(run.path),
+        "steps": outcome.step,
+        "loss": outcome.loss,
+        "images_per_second": round(outcome.images_per_second, 1),
+        "state_sha256": outcome.state_sha256,
+    }
+
+
+def _scored(found: Sequence[Scored], model: VisionTransformer, parts: Parts) -> dict[str, Any]:
+    """Return the scores and how many images and parameters they rest on."""
+    metrics: dict[str, Any] = {}
+    for one in found:
+        metrics |= one.metrics(model.num_classes)
+    metrics["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    metrics |= {"train_images": len(parts.fit), "val_images": len(parts.val)}
+    return metrics | ({"held_images": len(parts.held)} if parts.held else {})
 
 
 def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Statistics | None]:
@@ -191,7 +202,8 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
             num_heads=settings.num_heads,
         )
         return model, None
-    model = load_model(settings.run)
+    reading = read_weights(settings.run)
+    model = without_head(reading) if settings.new_head else as_model(reading)
     _same_architecture(settings, model)
     if settings.img_size is not None and settings.img_size != model.img_size:
         model = at_size(model, settings.img_size)
@@ -271,6 +283,7 @@ def refuse_idle(settings: Finetune) -> None:
         MaekitError: E-CONFIG-IDLE.
     """
     idle = {
+        "new_head": (settings.from_scratch or settings.run is None) and "random weights",
         "mixup_prob": not (settings.mixup or settings.cutmix) and "mixup and cutmix 0",
         "mixup_switch": not (settings.mixup and settings.cutmix) and "mixup or cutmix 0",
     }
@@ -283,26 +296,3 @@ def refuse_idle(settings: Finetune) -> None:
                 expected="a setting that does something",
                 hint=f"no --{name.replace('_', '-')}",
             )  # fmt: skip
-
-
-def final_scores(
-    model: VisionTransformer, score: Scorer, run: Path, settings: Finetune, timing: Schedule
-) -> list[Scored]:
-    """Judge the images to score on by the chosen weights, then by the chosen average where there is one.
-
-    The weights come from the disk, where the loop has put them: what is scored is what a user loads.
-    """
-    model.eval()
-    found = []
-    for prefix in FOLDERS if settings.ema else ("",):
-        last = settings.select == "last"
-        saved = newest(run / "checkpoints" if last else run / FOLDERS[prefix])
-        assert saved is not None
-        averaged = saved.tensors.get("ema", {}) if prefix else {}
-        model.load_state_dict(saved.tensors["model"] | averaged)
-        told = "the last epoch"
-        if not last:
-            epoch, of = (f"{step / timing.steps_per_epoch:.4g}" for step in (saved.step, timing.total))
-            told = f"epoch {epoch} of {of}, the best on held-out training images ({saved.state['score']:.4f})"
-        found.append(Scored(prefix, told, score.judged(model)))
-    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,15 @@ from maekit.data.augment import CropsView, EvalView, default_crop_pct
 from maekit.data.loader import Loader, View
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
+from maekit.report.classification import Scored
 from maekit.scores.measures import Judged, judge, top_k
+from maekit.settings import Finetune
 from maekit.tasks.training import number_of_workers
+from maekit.train.best import FOLDERS
+from maekit.train.checkpoint import newest
 from maekit.train.device import World
 from maekit.train.loop import autocast
+from maekit.train.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -111,3 +117,24 @@ def scorer(
         world=here.size,
     )
     return Scorer(loader, here, precision, name, mirror=tta in ("flip", "10-crop"))
+
+
+def final_scores(model: nn.Module, score: Scorer, run: Path, settings: Finetune, timing: Schedule) -> list[Scored]:
+    """Judge the images to score on by the chosen weights, then by the chosen average where there is one.
+
+    The weights come from the disk, where the loop has put them: what is scored is what a user loads.
+    """
+    model.eval()
+    found = []
+    for prefix in FOLDERS if settings.ema else ("",):
+        last = settings.select == "last"
+        saved = newest(run / "checkpoints" if last else run / FOLDERS[prefix])
+        assert saved is not None
+        averaged = saved.tensors.get("ema", {}) if prefix else {}
+        model.load_state_dict(saved.tensors["model"] | averaged)
+        told = "the last epoch"
+        if not last:
+            epoch, of = (f"{step / timing.steps_per_epoch:.4g}" for step in (saved.step, timing.total))
+            told = f"epoch {epoch} of {of}, the best on held-out training images ({saved.state['score']:.4f})"
+        found.append(Scored(prefix, told, score.judged(model)))
+    return found
