@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Inspect,
         Knn,
         Lowshot,
+        Partial,
         Pretrain,
         Probe,
         Quickstart,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
+    from maekit.tasks.partial import partial
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
@@ -55,6 +57,7 @@ __all__ = [
     "Lowshot",
     "MaekitError",
     "MaskedAutoencoder",
+    "Partial",
     "Pretrain",
     "Probe",
     "Quickstart",
@@ -72,6 +75,7 @@ __all__ = [
     "knn",
     "load_model",
     "lowshot",
+    "partial",
     "pretrain",
     "probe",
     "quickstart",
@@ -94,6 +98,7 @@ _HOMES = {
         "Inspect",
         "Knn",
         "Lowshot",
+        "Partial",
         "Pretrain",
         "Probe",
         "Quickstart",
@@ -109,6 +114,7 @@ _HOMES = {
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
+    "maekit.tasks.partial": ("partial",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),

@@ -69,6 +69,15 @@ VERBS: dict[str, Verb] = {
             "maekit finetune --from-scratch --data my_classes --out runs/c",
         ),
     ),
+    "partial": Verb(
+        settings.Partial,
+        "maekit.tasks.partial",
+        "partial",
+        (
+            "maekit partial runs/a --data my_classes --out runs/d",
+            "maekit partial runs/a --data my_classes --tune-blocks 0 1 4 all --epochs 50 --json",
+        ),
+    ),
     "probe": Verb(
         settings.Probe,
         "maekit.tasks.probe",

@@ -135,7 +135,7 @@ def _layers(
 
 def _recipe_for(cls: type[Settings], word: str) -> tuple[str, Recipe[Any]]:
     name, chosen = find(word)
-    if not isinstance(chosen.settings, cls):
+    if not isinstance(chosen.settings, (cls, *cls.takes_recipes_of)):
         raise MaekitError(
             "E-CONFIG-RECIPE",
             f"recipe {name}",

@@ -69,6 +69,7 @@ Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_
 Pool = Literal["mean", "cls"]
 Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+AllOrBlocks = Annotated[float, Field(ge=0)] | Literal["all"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
 
 
@@ -84,6 +85,9 @@ class Settings(BaseModel):
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Sets of settings of which one replaces the other: the later layer wins, two in one layer are refused."""
+
+    takes_recipes_of: ClassVar[tuple[type["Settings"], ...]] = ()
+    """Settings of other verbs whose recipes serve this one too."""
 
     takes_along: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Settings that a lower layer's lose with what they were meant for, when a higher layer gives the first."""
@@ -271,6 +275,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     )
     img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")  # pyright: ignore[reportIncompatibleVariableOverride]
     from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
+    new_head: bool = setting(False, "RUN is a fine-tuned classifier: its head and the norm under it are drawn anew")
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens under a new norm (OFF), or the class token")
     epochs: float | None = setting(100, "length of the schedule in passes over the data (T9, ViT-B)", gt=0)
@@ -283,14 +288,56 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     label_smoothing: float = setting(0.1, "label smoothing (T9)", ge=0, lt=1)
     mixup: float = setting(0.8, "mixup alpha; 0: off (T9)", ge=0)
     cutmix: float = setting(1.0, "cutmix alpha; 0: off (T9)", ge=0)
-    auto_augment: str | None = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment string; none: off (T9)")
+    mixup_prob: float = setting(1.0, "share of batches that are mixed at all (OFF)", gt=0, le=1)
+    mixup_switch: float = setting(0.5, "share of mixed batches that take cutmix where both are on (OFF)", ge=0, le=1)
+    loss: Literal["cross-entropy", "bce"] = setting(
+        "cross-entropy", "against soft targets where images are mixed; bce: binary, class by class (arXiv 2110.00476)"
+    )
+    class_weights: Literal["balanced"] | None = setting(
+        None, "balanced: a class of few images weighs more, n / (classes * images of it); default: all images the same"
+    )
+    auto_augment: str | None = setting(
+        "rand-m9-mstd0.5-inc1", "timm's RandAugment string, or tensor-m9-n2: torchvision's, on tensors; none: off (T9)"
+    )
+    color_jitter: float = setting(
+        0.0,
+        "brightness, contrast and saturation change by up to this share, before RandAugment; 0: off (T9)",
+        ge=0,
+        le=1,
+    )
     random_erasing: float = setting(0.25, "probability of random erasing (OFF; the paper lists none)", ge=0, le=1)
     crop_scale: Shares = setting((0.08, 1.0), "area range of the random crop (OFF)")
     flip: bool = setting(True, "mirror half of the images")
     crop_pct: float | None = setting(
         None, "part of the resized image that is scored; default: .875 from 112 to 224 px, otherwise 1", gt=0, le=1
     )
-    eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1, resume="free")
+    eval_every: int | None = setting(None, "epochs between scores; default: ten scores in all", ge=1)
+    select: Literal["last", "held-out"] = setting(
+        "last",
+        "epoch that is scored: the last, or the best on a fifth of the training images, held out by a hash of their "
+        "names; the images to score on choose nothing",
+    )
+    tta: Literal["flip", "5-crop", "10-crop"] | None = setting(
+        None,
+        "at the final score, average over the image and its mirror, centre and corners, or both; default: one view",
+    )
+    tune_blocks: AllOrBlocks = setting(
+        "all",
+        "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
+        "the last block too (paper section 4.4); all: embeddings too",
+    )
+
+
+class Partial(Finetune):
+    """Fine-tune only the last blocks, for a series of numbers of them, beside the linear probe."""
+
+    takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Finetune,)
+
+    tune_blocks: list[AllOrBlocks] = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
+        [0, 0.5, 1, 2, 4, 6, 12, 18, "all"],
+        "numbers of last blocks that are trained, each in a run of its own; default: 0 0.5 1 2 4 6 12 18 all, as far "
+        "as the model has them (paper Fig. 9)",
+    )
 
 
 class Probe(Images, Labels, Kept, Machine):

@@ -1,5 +1,6 @@
 """Views against torchvision's own transforms, which the official recipes use."""
 
+import pickle
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
 from maekit.data.augment import (
+    CropsView,
     EvalView,
     FinetuneView,
     PretrainView,
@@ -21,8 +23,10 @@ from maekit.data.augment import (
     default_crop_pct,
     eval_view,
     random_crop,
+    resize_to_cover,
 )
 from maekit.errors import MaekitError
+from maekit.seeds import seed_cpu
 
 sides, small_sides = st.integers(4, 90), st.integers(4, 40)
 
@@ -193,3 +197,42 @@ def test_randaugment_of_other_channels_is_refused_at_once(channels: int) -> None
         FinetuneView((32, 32), auto_augment="rand-m9", fill=(0,) * channels)
     assert caught.value.code == "E-CONFIG-AUGMENT"
     assert FinetuneView((32, 32), fill=(0,) * channels)(torch.zeros(channels, 9, 9)).shape == (channels, 32, 32)
+
+
+def test_five_crops_are_torchvisions_with_the_centre_that_evaluation_sees_first() -> None:
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    crops = CropsView((28, 28), 0.875)(image)
+    assert crops.shape == (5, 3, 28, 28) and torch.equal(crops[0], EvalView((28, 28), 0.875)(image))
+    whole = resize_to_cover(image, (28, 28), 0.875)
+    assert whole.shape == (3, 32, 40)
+    assert torch.equal(crops[1], whole[:, :28, :28]) and torch.equal(crops[4], whole[:, -28:, -28:])
+
+
+def test_colour_jitter_changes_colours_within_its_share_and_follows_the_seed() -> None:
+    image = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    view = FinetuneView((8, 8), (1.0, 1.0), flip=False, color_jitter=0.4)
+    seen = []
+    for seed in (0, 0, 1):
+        seed_cpu(seed)
+        seen.append(view(image))
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert all(int(one.min()) >= 58 and int(one.max()) <= 142 for one in seen)
+
+
+def test_colour_jitter_wants_pictures() -> None:
+    with pytest.raises(MaekitError, match="color_jitter"):
+        FinetuneView((8, 8), fill=(0,) * 5, color_jitter=0.4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_randaugment_on_tensors_is_torchvisions(channels: int) -> None:
+    image = photo(24, 24, channels)
+    view = FinetuneView((24, 24), (1.0, 1.0), flip=False, auto_augment="tensor-m9-n2", fill=(7,) * channels)
+    theirs = v2.RandAugment(2, 9, 11, InterpolationMode.BILINEAR, fill=[7.0] * channels)
+    seen = []
+    for seed in range(12):
+        seed_cpu(seed)
+        seen.append(pickle.loads(pickle.dumps(view))(image))
+        seed_cpu(seed)
+        assert torch.equal(seen[-1], theirs(image)) and seen[-1].dtype == torch.uint8
+    assert sum(not torch.equal(one, image) for one in seen) > 6

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from maekit.errors import MaekitError
-from maekit.model.heads import LinearHead, classifier
+from maekit.model.heads import LinearHead, classifier, freeze_below
 
 from .conftest import Build
 
@@ -138,3 +138,75 @@ def test_trap_11_the_linear_head_is_a_batch_norm_without_affine_part_and_a_linea
     features = torch.randn(32, 64) * 9 + 4
     want = torch.nn.functional.batch_norm(features, None, None, training=True, eps=1e-6) @ linear.weight.T
     torch.testing.assert_close(head(features), want, rtol=1e-4, atol=1e-5)
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("blocks", [0, 0.5, 1, 2])
+def test_only_the_last_blocks_head_and_norm_are_trained(build: Build, blocks: float, pool: str) -> None:
+    head = classifier(build(), 7, pool=pool, drop_path=0.3).train()
+    depth, norm = len(head.blocks), "fc_norm." if pool == "mean" else "norm."
+    freeze_below(head, blocks)
+    expected = {name for name, _ in head.named_parameters() if name.startswith(("head.", norm))}
+    whole = tuple(f"blocks.{i}." for i in range(depth - int(blocks), depth))
+    half = (f"blocks.{depth - 1}.norm2.", f"blocks.{depth - 1}.mlp.") if blocks == 0.5 else ()
+    expected |= {name for name, _ in head.named_parameters() if name.startswith((*whole, *half)) and (whole or half)}
+    assert trained(head) == expected
+    for name, part in head.named_modules():
+        if list(part.parameters()) and not list(part.children()):
+            assert part.training == bool(trained(part)), name
+
+
+def test_as_many_blocks_as_there_are_leave_only_the_embeddings_frozen(build: Build) -> None:
+    head = classifier(build(), 7).train()
+    everything = trained(head)
+    freeze_below(head, len(head.blocks))
+    assert {name.split(".")[0] for name in everything - trained(head)} == {"cls_token", "pos_embed", "patch_embed"}
+
+
+def test_nothing_is_dropped_in_frozen_blocks_and_something_in_trained_ones(build: Build) -> None:
+    head = classifier(build(), 7, drop_path=0.9).train()
+    nn.init.normal_(head.get_classifier().weight)  # type: ignore[arg-type]
+    images = torch.randn(4, head.patch_embed.proj.in_channels, *head.patch_embed.img_size)  # type: ignore[misc]
+    freeze_below(head, 0)
+    with torch.no_grad():
+        assert torch.equal(head(images), head(images))
+        assert torch.equal(head(images), head.eval()(images))
+    freeze_below(head, 1)
+    with torch.no_grad():
+        assert len({float(head(images).sum()) for _ in range(8)}) > 1
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_frozen_part_keeps_no_activations_and_gets_no_gradients(build: Build, pool: str) -> None:
+    """Oracle: what autograd packs away in a forward pass, in bytes, falls with each frozen part, to almost nothing."""
+    kept: list[int] = []
+    for blocks in ("all", 2, 1, 0.5, 0):
+        head = classifier(build(), 7, pool=pool).train()
+        if not isinstance(blocks, str):
+            freeze_below(head, blocks)
+        own = {p.untyped_storage().data_ptr() for p in head.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(value: torch.Tensor, own: set[int] = own, seen: dict[int, int] = seen) -> torch.Tensor:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        images = torch.randn(2, head.patch_embed.proj.in_channels, *head.patch_embed.img_size)  # type: ignore[misc]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            head(images).sum().backward()
+        kept.append(sum(seen.values()))
+        assert {name for name, p in head.named_parameters() if p.grad is not None} == trained(head)
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 5 and kept[-1] < 0.1 * kept[0], kept
+
+
+@pytest.mark.parametrize("blocks", [-1, 0.25, 1.5, 99, 1e12])
+def test_blocks_that_a_model_has_not_are_refused(build: Build, blocks: float) -> None:
+    with pytest.raises(MaekitError, match="tune_blocks") as caught:
+        freeze_below(classifier(build(), 7), blocks)
+    assert caught.value.code == "E-CONFIG-BLOCKS"

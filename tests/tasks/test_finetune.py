@@ -46,6 +46,12 @@ def test_the_result_and_its_folder(whole: tuple[Path, dict[str, Any]]) -> None:
     scores = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in scores if "val/top1" in record]
     assert len(last) == 10 and last[-1]["val/top1"] == result["top1"] and last[-1]["step"] == 30
+    assert last[-1]["val/loss"] == pytest.approx(result["val_loss"]) and result["score_of"] == "the last epoch"
+    assert {"top5", "macro_f1", "balanced_accuracy", "ece"} <= result.keys()
+    assert result["balanced_accuracy"] == pytest.approx(result["top1"])  # ten images of each class
+    files = {"report.html", "per_class.csv", "confusion.png", "reliability.png", "mistakes.png"}
+    assert files <= {file.name for file in run.iterdir()}
+    assert "the last epoch" in (run / "report.html").read_text()
 
 
 def test_the_command_and_the_function_give_the_same_bits(
@@ -209,3 +215,229 @@ def test_another_image_size_than_the_runs_resamples_the_positions(
     assert done.exit_code == 0
     tensors = checkpoint.load(tmp_path / "run/checkpoints/step-1").tensors["model"]
     assert tensors["pos_embed"].shape == (1, 1 + 64, 96)
+
+
+# ------------------------------------------------------------------------------------------ which epoch is scored
+
+
+@pytest.fixture(scope="module")
+def chosen(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    run = tmp_path_factory.mktemp("chosen") / "run"
+    more = {"select": "held-out", "ema": 0.7, "batch_size": 8, "eval_every": 1}
+    return run, dict(package.finetune({**base, **more, "out": run}).metrics)
+
+
+def test_an_epoch_is_chosen_on_training_images_and_the_others_are_looked_at_once(
+    chosen: tuple[Path, dict[str, Any]],
+) -> None:
+    run, result = chosen
+    assert result["train_images"] == 40 and result["held_images"] == 10 and result["val_images"] == 100
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert not any(name.startswith(("val/", "ema_val/")) for record in records for name in record)
+    for name, folder, told in (("held/top1", "best", "score_of"), ("ema_held/top1", "best-ema", "ema_score_of")):
+        scores = [(record[name], -record["step"]) for record in records if name in record]
+        assert len(scores) == 6
+        score, step = max(scores)
+        saved = checkpoint.newest(run / folder)
+        assert saved is not None and (saved.step, saved.state["score"]) == (-step, score)
+        assert f"epoch {-step // 5} of 6, the best on held-out training images ({score:.4f})" == result[told]
+    assert "looked at once" in (run / "report.html").read_text().replace("\n", " ")
+
+
+def test_what_is_loaded_from_such_a_run_is_what_was_scored(chosen: tuple[Path, dict[str, Any]], classes: Path) -> None:
+    from maekit.interchange.weights import load_classifier
+    from maekit.tasks.scoring import scorer
+    from maekit.train.device import World
+
+    found = load_classifier(chosen[0])
+    mean, std = (tuple(found.spec[name]) for name in ("mean", "std"))
+    val = open_source(classes, "val", classes=found.classes)
+    score = scorer(val, (28, 28), mean, std, World(0, 1, torch.device("cpu")), workers=0)
+    assert dict(score(found.model))["val/top1"] == chosen[1]["top1"]
+
+
+def test_stopping_and_going_on_chooses_the_same_epoch(
+    base: dict[str, Any], chosen: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = {**base, "select": "held-out", "ema": 0.7, "batch_size": 8, "eval_every": 1, "out": tmp_path / "run"}
+    for at in (9, 22):
+        assert package.finetune({**settings, "stop_at": at}).exit_code == 75
+    same = {name for name in chosen[1] if name not in ("run", "images_per_second")}
+    done = package.finetune(settings).metrics
+    assert {name: done[name] for name in same} == {name: chosen[1][name] for name in same}
+
+
+# ------------------------------------------------------------------------------------------------- frozen blocks
+
+
+@pytest.mark.parametrize("blocks", ["0", "0.5", "1"])
+def test_what_is_frozen_keeps_its_bits_and_what_is_trained_moves(
+    maekit: Run, base: dict[str, Any], pretrained: Path, tmp_path: Path, flags: Run, blocks: str
+) -> None:
+    from maekit.interchange.weights import load_model
+
+    settings = {name: value for name, value in base.items() if name != "run"} | {"epochs": 1, "out": tmp_path / "run"}
+    done = maekit("finetune", base["run"], *flags(settings), "--tune-blocks", blocks, "--json")
+    assert done.code == 0, done.stderr
+    before = load_model(pretrained).encoder.state_dict()
+    after = checkpoint.load(tmp_path / "run/checkpoints/step-5").tensors["model"]
+    moved = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+    allowed = {"0": (), "0.5": ("blocks.3.norm2.", "blocks.3.mlp."), "1": ("blocks.3.",)}[blocks]
+    assert moved == {name for name in before if allowed and name.startswith(allowed)}
+    assert after["head.weight"].abs().max() > 1e-3
+
+
+def test_more_blocks_than_there_are_leave_nothing_behind(base: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(MaekitError, match="5 of a model of 4 blocks") as caught:
+        package.finetune({**base, "tune_blocks": 5, "out": tmp_path / "run"})
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"loss": "bce"},
+        {"loss": "bce", "mixup": 0, "cutmix": 0},
+        {"class_weights": "balanced", "mixup": 0, "cutmix": 0},
+        {"color_jitter": 0.4},
+        {"mixup_prob": 0.3},
+        {"mixup_switch": 0.9},
+        {"clip_grad": 0.1},
+    ],
+)
+def test_every_option_changes_what_is_learned(base: dict[str, Any], tmp_path: Path, more: dict[str, Any]) -> None:
+    plain = {name: more[name] for name in ("mixup", "cutmix") if name in more}
+    settings = {**base, "labels": "1%", "batch_size": 8, "epochs": 4}
+    if "class_weights" in more:  # as many of each would weigh the same
+        settings["labels"] = None
+        settings |= {"data": str(_uneven(Path(base["data"]), tmp_path / "data")), "epochs": 1, "batch_size": 40}
+    digests = {
+        package.finetune({**settings, **changes, "out": tmp_path / name}).metrics["state_sha256"]
+        for name, changes in (("plain", plain), ("more", more))
+    }
+    assert len(digests) == 2
+
+
+def _uneven(classes: Path, out: Path) -> Path:
+    """Link all images but most of one class's training images."""
+    for file in sorted(classes.rglob("*.png")):
+        place = out / file.relative_to(classes)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if "train" not in file.parts or file.parent.name != "Bag" or len(list(place.parent.iterdir())) < 3:
+            place.symlink_to(file)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        ({"mixup_prob": 0.5, "mixup": 0, "cutmix": 0}, "E-CONFIG-IDLE", "mixup and cutmix 0"),
+        ({"mixup_switch": 0.9, "mixup": 0}, "E-CONFIG-IDLE", "mixup or cutmix 0"),
+        ({"tta": "5-crop"}, "E-CONFIG-TTA", "crop_pct below 1"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    base: dict[str, Any], tmp_path: Path, more: dict[str, Any], code: str, said: str
+) -> None:
+    with pytest.raises(MaekitError, match=said) as caught:
+        package.finetune({**base, **more, "out": tmp_path / "run"})
+    assert caught.value.code == code and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tta", ["flip", "5-crop", "10-crop"])
+def test_views_at_the_score_are_averaged_as_probabilities(
+    whole: tuple[Path, dict[str, Any]], classes: Path, tta: str
+) -> None:
+    """Oracle: each view by itself through the model, image by image."""
+    from torchvision.transforms.v2 import functional as V
+
+    from maekit.data.augment import resize_to_cover
+    from maekit.data.image import read_image
+    from maekit.interchange.weights import load_classifier
+    from maekit.tasks.scoring import scorer
+    from maekit.train.device import World
+
+    model, names, spec = load_classifier(whole[0])
+    val = open_source(classes, "val", classes=names).subset(range(0, 100, 9))
+    mean, std = tuple(spec["mean"]), tuple(spec["std"])
+    here = World(0, 1, torch.device("cpu"))
+    judged = scorer(val, (28, 28), mean, std, here, workers=0, crop_pct=0.875, tta=tta).judged(model)
+    for i in range(len(val)):
+        image = resize_to_cover(read_image(bytes(val.read(i)), channels=1), (28, 28), 0.875)  # type: ignore[arg-type]
+        views = [V.center_crop(image, [28, 28])] if tta == "flip" else list(V.five_crop(image, [28, 28]))
+        views += [view.flip(-1) for view in views] if tta != "5-crop" else []
+        with torch.no_grad():
+            each = model((torch.stack(views) / 255 - mean[0]) / std[0]).softmax(1).mean(0)
+        assert float(judged.confidence[i]) == pytest.approx(float(each.max()), rel=1e-4)
+        assert float(judged.loss[i]) == pytest.approx(-float(each[val.labels[i]].log()), rel=1e-3, abs=1e-4)  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_three_processes_score_each_image_once_and_as_one_does(
+    maekit: Run, base: dict[str, Any], classes: Path, tmp_path: Path, flags: Run
+) -> None:
+    """100 images over three processes, none padded or seen twice; held-out images choose the same epoch for all."""
+    from maekit.interchange.weights import load_classifier
+    from maekit.scores.measures import measures
+    from maekit.tasks.scoring import scorer
+    from maekit.train.device import World
+
+    settings = {name: value for name, value in base.items() if name != "run"} | {"epochs": 1, "out": tmp_path / "run"}
+    words = flags({**settings, "select": "held-out", "nproc": 3, "batch_size": 9, "layer_decay": 0.75})
+    done = maekit("finetune", base["run"], *words, "--json")
+    assert done.code == 0, done.stderr
+    model, names, spec = load_classifier(tmp_path / "run")
+    here, val = World(0, 1, torch.device("cpu")), open_source(classes, "val", classes=names)
+    judged = scorer(val, (28, 28), tuple(spec["mean"]), tuple(spec["std"]), here, workers=0).judged(model)
+    assert len(judged.labels) == 100
+    for name, value in measures(judged, 10).items():
+        assert done.json[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_a_class_of_one_image_is_trained_on_and_has_none_to_be_scored_on(
+    base: dict[str, Any], classes: Path, tmp_path: Path
+) -> None:
+    for i, file in enumerate(sorted((classes / "train").rglob("*.png"))[:30]):
+        place = tmp_path / "data" / ("rare" if i == 29 else "ab"[i % 2]) / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
+    settings = {**base, "data": str(tmp_path / "data"), "labels": None, "epochs": 1, "select": "held-out"}
+    done = package.finetune({**settings, "class_weights": "balanced", "out": tmp_path / "run"})
+    rare = (tmp_path / "run/per_class.csv").read_text().splitlines()[-1]
+    assert done.exit_code == 0 and rare.startswith("rare,0,0.0,0.0,0.0") and done.metrics["val_images"] == 6
+
+
+def test_a_fine_tuned_classifier_is_a_start_only_where_its_head_may_go(
+    base: dict[str, Any], whole: tuple[Path, dict[str, Any]], classes: Path, tmp_path: Path
+) -> None:
+    """Its head, of whatever size, is neither taken over nor dropped silently; the encoder is taken bit by bit."""
+    for part in ("train", "val"):
+        for folder in sorted((classes / part).iterdir())[:3]:
+            place = tmp_path / "data" / part / folder.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(folder)
+    settings = {**base, "run": whole[0], "data": str(tmp_path / "data"), "epochs": 1, "tune_blocks": 0}
+    settings |= {"out": tmp_path / "run"}
+    with pytest.raises(MaekitError, match="fine-tuned classifier") as caught:
+        package.finetune(settings)
+    assert caught.value.code == "E-CKPT-KIND" and not (tmp_path / "run").exists()
+    done = package.finetune({**settings, "new_head": True})
+    before, after = (checkpoint.newest(run / "checkpoints") for run in (whole[0], tmp_path / "run"))
+    assert done.exit_code == 0 and before is not None and after is not None
+    old, new = before.tensors["model"], after.tensors["model"]
+    assert new["head.weight"].shape[0] == 3 and old["head.weight"].shape[0] == 10
+    assert all(torch.equal(old[name], new[name]) for name in old if not name.startswith(("head.", "fc_norm.")))
+
+
+@pytest.mark.parametrize(
+    ("more", "code"), [({}, "E-CKPT-KIND"), ({"from_scratch": True}, "E-CONFIG-IDLE"), ({"run": None}, "E-CONFIG-IDLE")]
+)
+def test_a_new_head_is_refused_where_there_is_no_old_one(
+    base: dict[str, Any], tmp_path: Path, more: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(MaekitError) as caught:
+        package.finetune({**base, **more, "new_head": True, "out": tmp_path / "run"})
+    assert caught.value.code == code and not (tmp_path / "run").exists()

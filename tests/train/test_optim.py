@@ -105,3 +105,13 @@ def test_lars_keeps_momentum_of_the_adapted_gradient_and_decays_the_weight_alone
     # 1e-7: timm adds 1e-8 to the norm it divides by
     torch.testing.assert_close(head.weight.detach(), weight, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(head.bias.detach(), bias, rtol=1e-7, atol=1e-7)
+
+
+def test_layer_decay_counts_from_the_head_whatever_is_frozen_and_frozen_parameters_are_in_no_group() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=4, global_pool="token")
+    whole = {n: g["lr_scale"] for g in finetune_groups(model, 0.05, 0.5) for n in names(model, g)}
+    model.requires_grad_(False)
+    for part in (model.get_submodule("blocks.3"), model.norm, model.head):
+        part.requires_grad_(True)
+    some = {n: g["lr_scale"] for g in finetune_groups(model, 0.05, 0.5) for n in names(model, g)}
+    assert some == {n: whole[n] for n, p in model.named_parameters() if p.requires_grad}

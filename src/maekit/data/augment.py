@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import ColorJitter, InterpolationMode, RandAugment
 from torchvision.transforms.v2 import functional as F
 
 from maekit.errors import MaekitError
@@ -26,6 +26,8 @@ ASPECT = (3 / 4, 4 / 3)
 """Aspect ratios of random crops: torchvision's RandomResizedCrop, which the official pre-training uses."""
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?|-t[a-z0-9]+)*")
 """What timm reads of a RandAugment string: magnitude, number, probability, noise, limit, increasing; a set of names."""
+TENSOR_AUGMENT = re.compile(r"tensor-m(\d|10)-n([1-9])")
+"""torchvision's RandAugment on tensors, without a detour through Pillow: magnitude of 10, number of operations."""
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
@@ -43,6 +45,11 @@ def eval_view(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Te
     For 224 px and .875: resize the shorter side to 256, centre crop 224, both bicubic with antialiasing
     (official evaluation). `image` is (C, H, W), the result (C, *size), same dtype.
     """
+    return F.center_crop(resize_to_cover(image, size, crop_pct), list(size))
+
+
+def resize_to_cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> Tensor:
+    """Resize (C, H, W), keeping the aspect, to the smallest that covers ``size / crop_pct``."""
     height, width = image.shape[-2:]
     rows, columns = int(size[0] / crop_pct), int(size[1] / crop_pct)
     # whole numbers, rounded down: exactly the sides that torchvision's Resize gives
@@ -50,7 +57,7 @@ def eval_view(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Te
     target = [rows, width * rows // height] if tall else [height * columns // width, columns]
     if target != [height, width]:
         image = F.resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(image, list(size))
+    return image
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
@@ -114,6 +121,20 @@ class EvalView:
 
 
 @dataclass(frozen=True)
+class CropsView:
+    """Five crops of one image: centre and corners of the resized one, of which `crop_pct` is kept on each side."""
+
+    size: tuple[int, int]
+    crop_pct: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return (5, C, *size), the centre first, which is what `EvalView` shows."""
+        image = resize_to_cover(image, self.size, self.crop_pct)
+        *corners, centre = F.five_crop(image, list(self.size))
+        return torch.stack([centre, *corners])
+
+
+@dataclass(frozen=True)
 class PretrainView:
     """Random resized crop and mirror (paper appendix A.1; scale .2 to 1, bicubic: official code)."""
 
@@ -143,10 +164,11 @@ class ProbeView:
 
 @dataclass(frozen=True)
 class FinetuneView:
-    """Random resized crop, mirror and timm's RandAugment (paper table 9).
+    """Random resized crop, mirror, colour jitter and timm's RandAugment (paper table 9).
 
     Attributes:
         fill: colour (0-255 per channel) of what RandAugment shifts in from outside: the data's mean.
+        color_jitter: brightness, contrast and saturation are multiplied by 1 - this to 1 + this.
     """
 
     size: tuple[int, int]
@@ -154,9 +176,14 @@ class FinetuneView:
     flip: bool = True
     auto_augment: str | None = None
     fill: tuple[int, ...] = (124, 116, 104)
+    color_jitter: float = 0.0
 
     @cached_property
     def _augment(self) -> Any:
+        if found := TENSOR_AUGMENT.fullmatch(self.auto_augment or ""):
+            magnitude, number = map(int, found.groups())
+            # eleven steps from 0 to torchvision's largest change, so that 9 means nine tenths of it as in timm
+            return RandAugment(number, magnitude, 11, InterpolationMode.BILINEAR, fill=list(self.fill))
         # translate .45 of the side, as timm's own training does for these strings (method: official fine-tuning)
         translate = int(min(self.size) * 0.45)
         fill = self.fill if len(self.fill) == 3 else self.fill[0]
@@ -171,29 +198,35 @@ class FinetuneView:
         image = random_crop(image, self.size, self.scale)
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)
-        if self.auto_augment:
+        if self.color_jitter:
+            image = ColorJitter(*(self.color_jitter,) * 3)(image)
+        if self.auto_augment and isinstance(self._augment, RandAugment):
+            image = self._augment(image)
+        elif self.auto_augment:
             image = F.pil_to_tensor(self._augment(F.to_pil_image(image)))
         return image
 
     def __post_init__(self) -> None:
+        for name, on, off in (("auto_augment", self.auto_augment, "none"), ("color_jitter", self.color_jitter, "0")):
+            if on and len(self.fill) not in (1, 3):
+                raise MaekitError(
+                    "E-CONFIG-AUGMENT",
+                    f"setting {name}",
+                    found=f"images of {len(self.fill)} channels",
+                    expected="1 or 3 channels: it works on pictures",
+                    hint=f"--{name.replace('_', '-')} {off}",
+                )
         if not self.auto_augment:
             return
-        if len(self.fill) not in (1, 3):
-            raise MaekitError(
-                "E-CONFIG-AUGMENT",
-                "setting auto_augment",
-                found=f"images of {len(self.fill)} channels",
-                expected="1 or 3 channels: RandAugment works on pictures",
-                hint="--auto-augment none",
-            )
         try:
-            assert RAND_AUGMENT.fullmatch(self.auto_augment), "timm would pass over what it cannot read"
+            known = RAND_AUGMENT.fullmatch(self.auto_augment) or TENSOR_AUGMENT.fullmatch(self.auto_augment)
+            assert known, "timm would pass over what it cannot read"
             _ = self._augment
         except (AssertionError, ValueError, KeyError) as error:
             raise MaekitError(
                 "E-CONFIG-AUGMENT",
                 "setting auto_augment",
                 found=self.auto_augment,
-                expected="a RandAugment string of timm, as rand-m9-mstd0.5-inc1",
+                expected="a RandAugment string of timm, as rand-m9-mstd0.5-inc1, or tensor-m9-n2",
                 hint="--auto-augment none",
             ) from error

@@ -162,8 +162,9 @@ def read_weights(path: str | Path, hints: Hints = NO_HINTS) -> Reading:
     """Read weights of any layout into memory, checked; no model is built yet.
 
     Args:
-        path: a run folder (its newest checkpoint that verifies), one checkpoint's folder, a file of maekit, or what
-            another library wrote: a file, or a folder with ``config.json``.
+        path: a run folder (the epoch it chose, if it chose one, else its newest checkpoint that verifies), one
+            checkpoint's folder, a file of maekit, or what another library wrote: a file, or a folder with
+            ``config.json``.
         hints: what a file of another library does not say by itself.
 
     Raises:
@@ -219,7 +220,8 @@ def as_model(reading: Reading, *, random_init: bool = False) -> MaskedAutoencode
             f"{reading.path}",
             found="a fine-tuned classifier",
             expected="a masked autoencoder or its encoder",
-            hint="the weights it was fine-tuned from, or load_classifier of maekit.interchange.weights",
+            hint="the weights it was fine-tuned from, finetune --new-head, or load_classifier of "
+            "maekit.interchange.weights",
         )
     if reading.kind == "encoder":
         _limit(reading.spec)
@@ -229,6 +231,25 @@ def as_model(reading: Reading, *, random_init: bool = False) -> MaskedAutoencode
     if reading.kind == "encoder":
         log.info("%s holds the encoder only: the decoder is drawn anew", reading.path)
     (model.encoder if reading.kind == "encoder" else model).load_state_dict(reading.tensors)
+    return model
+
+
+def without_head(reading: Reading) -> MaskedAutoencoder:
+    """Build an autoencoder around a classifier's encoder: head, norm under a mean of tokens and decoder are drawn anew.
+
+    Raises:
+        MaekitError: E-CKPT-KIND for weights without a head; E-CKPT-FORMAT as `as_model`.
+    """
+    if reading.kind != "classifier":
+        raise MaekitError(
+            "E-CKPT-KIND", f"{reading.path}", found="weights without a head", expected="a fine-tuned classifier",
+            hint="no --new-head: every fine-tune of such weights has one",
+        )  # fmt: skip
+    _limit(reading.spec)
+    model = create_model(**reading.spec).eval()
+    taken = {name: value for name, value in reading.tensors.items() if not name.startswith(("head.", "fc_norm."))}
+    missing = model.encoder.load_state_dict(taken, strict=False).missing_keys
+    assert all(name.startswith("norm.") for name in missing), missing
     return model
 
 
@@ -315,10 +336,11 @@ def _holds_checkpoint(path: Path) -> bool:
 
 
 def _checkpoint(folder: Path) -> checkpoint.Checkpoint:
-    """Read the checkpoint in a folder, or the newest that verifies of a run."""
+    """Read the checkpoint in a folder; of a run the best epoch's where it chose one, else the newest that verifies."""
     if (folder / checkpoint.MANIFEST).exists():
         return checkpoint.load(folder)
-    found = checkpoint.newest(folder / "checkpoints")
+    best = folder / "best"
+    found = checkpoint.newest(best if best.exists() else folder / "checkpoints")
     if found is None:
         raise MaekitError("E-CKPT-MISSING", f"no checkpoint in {folder} that verifies", expected=READABLE)
     log.info("weights of step %d from %s", found.step, found.path)

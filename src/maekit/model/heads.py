@@ -53,6 +53,43 @@ def classifier(
     return fresh
 
 
+def freeze_below(model: VisionTransformer, blocks: float) -> None:
+    """Train only the last `blocks` blocks, head and the norm under it (paper section 4.4, "partial fine-tuning").
+
+    The rest is frozen: no gradients, and in eval mode, so that nothing in it is dropped. It stands below all that is
+    trained, so no step keeps activations of it either. Call this after ``model.train()``.
+
+    Args:
+        model: a classifier.
+        blocks: 0: none; 0.5: the MLP of the last block with its norm; as many as there are: all but the embeddings.
+
+    Raises:
+        MaekitError: E-CONFIG-BLOCKS.
+    """
+    depth = len(model.blocks)
+    check_blocks(depth, blocks)
+    trained = [*list(model.blocks)[depth - int(blocks) :], model.norm, model.fc_norm, model.head_drop, model.head]
+    if blocks == 0.5:
+        last = model.blocks[-1]
+        trained += [last.norm2, last.mlp, last.ls2, last.drop_path2]
+    model.requires_grad_(False).eval()
+    for part in trained:
+        part.requires_grad_(True).train()
+
+
+def check_blocks(depth: int, blocks: float) -> None:
+    """Refuse a number of last blocks that a model of `depth` blocks has not.
+
+    Raises:
+        MaekitError: E-CONFIG-BLOCKS.
+    """
+    if blocks != 0.5 and (blocks != int(blocks) or not 0 <= blocks <= depth):
+        raise MaekitError(
+            "E-CONFIG-BLOCKS", "setting tune_blocks", found=f"{blocks:g} of a model of {depth} blocks",
+            expected=f"0, 0.5, 1 to {depth}, or all",
+        )  # fmt: skip
+
+
 def encoder_spec(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a model's ``spec`` that `create_encoder` takes."""
     names = ("name", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "drop_path")

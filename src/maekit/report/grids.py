@@ -121,6 +121,33 @@ def reconstruction_grid(
     return canvas
 
 
+def captioned_grid(
+    pictures: Sequence[Picture], captions: Sequence[str], *, columns: int = 6, max_side: int = 160
+) -> Image.Image:
+    """Lay pictures of one size out in rows, each with a few lines of text underneath.
+
+    Args:
+        captions: one per picture, wrapped to its width and cut after three lines.
+        columns: pictures in a row.
+        max_side: longest side of a shown picture; larger ones are reduced.
+    """
+    shown = [picture(image) for image in pictures]
+    cell = cell_size(shown[0].size, len(shown), max_side)
+    cell_width = max(cell[0], 110)
+    lines = [_wrap(caption, cell_width, _font(12))[:3] for caption in captions]
+    height = cell[1] + 15 * max(map(len, lines)) + 12
+    rows, columns = math.ceil(len(shown) / columns), min(columns, len(shown))
+    size = (2 * MARGIN + columns * (cell_width + GAP) - GAP, 2 * MARGIN + rows * height - 12)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for at, (image, text) in enumerate(zip(shown, lines, strict=True)):
+        x, y = MARGIN + at % columns * (cell_width + GAP), MARGIN + at // columns * height
+        canvas.paste(_fitted(image, cell), (x, y))
+        for number, line in enumerate(text):
+            draw.text((x, y + cell[1] + 3 + 15 * number), _cut(line, cell_width, _font(12)), fill=INK, font=_font(12))
+    return canvas
+
+
 def cell_size(size: tuple[int, int], cells: int, max_side: int = MAX_SIDE) -> tuple[int, int]:
     """Return the shown (width, height) of pictures of `size`: whole factors up, any factor down."""
     longest = max(size)

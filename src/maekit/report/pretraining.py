@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maekit import __version__
 from maekit.config import Deviation, load_yaml
@@ -119,7 +119,7 @@ def software() -> str:
     return f"maekit {__version__}, torch {torch.__version__}, timm {timm.__version__}, Python {python}"
 
 
-def machine(model: MaskedAutoencoder) -> str:
+def machine(model: nn.Module) -> str:
     """Return what the model stands on: the GPU's name, or processor and cores."""
     device = next(model.parameters()).device
     if device.type == "cuda":

@@ -1,40 +1,43 @@
 """Train encoder and head on labelled images, from pre-trained or random weights under one recipe."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maekit.data.augment import EvalView, FinetuneView, default_crop_pct
-from maekit.data.loader import Batch, Loader
-from maekit.data.sources import Source
+from maekit.data.loader import Batch
+from maekit.data.sources import Source, hold_out
 from maekit.errors import MaekitError
-from maekit.interchange.weights import load_model, metadata
-from maekit.model.heads import classifier
+from maekit.interchange.weights import as_model, metadata, read_weights, without_head
+from maekit.model.heads import classifier, freeze_below
 from maekit.model.mae import MaskedAutoencoder, at_size, create_model
+from maekit.report.classification import Scored, classification_report
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
+from maekit.tasks.scoring import final_scores, scorer
 from maekit.tasks.training import (
     Statistics,
     channels_of,
     default_out,
-    number_of_workers,
     prepare,
     say_what_runs,
     spread,
     train_loader,
 )
 from maekit.train.device import World, world
-from maekit.train.loop import Evaluate, Plan, autocast, fit
+from maekit.train.loop import Outcome, Plan, fit
+from maekit.train.losses import balanced_weights, soft_targets, supervised_loss
 from maekit.train.optim import adamw, finetune_groups
 from maekit.train.schedule import schedule
 
@@ -47,8 +50,9 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
         splits: training part and part to score on, in place of ``settings.data``.
 
     Returns:
-        run, steps, loss, images_per_second, state_sha256 and top1 of the last epoch on the held-out images
-        (and ema_top1 with ``--ema``); exit code 75 if stopped before the end.
+        run, steps, loss, images_per_second, state_sha256; then, on the images to score on, each seen once: top1, top5,
+        macro_f1, balanced_accuracy, ece and val_loss of the epoch that score_of names (with ``--ema`` also ema_top1
+        ... of the average); exit code 75 if stopped before the end.
 
     Raises:
         MaekitError: for everything a user can cause.
@@ -58,22 +62,55 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
         return result
     with world(settings.device) as here:
         run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
-        return carry_out(run, lambda: _train(settings, *(splits or labelled_splits(settings)), run, here))
+        return carry_out(
+            run, lambda: _train(settings, Parts.of(settings, *(splits or labelled_splits(settings))), run, here)
+        )
 
 
-def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World) -> Result:
+@dataclass(frozen=True)
+class Parts:
+    """Images by what they are for: `fit` is trained on, `held` chooses the epoch if one is chosen, `val` is scored."""
+
+    fit: Source
+    held: Source | None
+    val: Source
+
+    @staticmethod
+    def of(settings: Finetune, train: Source, val: Source) -> "Parts":
+        """Hold a fifth of the training images out where they choose the epoch.
+
+        Raises:
+            MaekitError: E-DATA-LABELS if no class has an image to spare.
+        """
+        if settings.select == "last":
+            return Parts(train, None, val)
+        if len(set(train.labels or [])) == len(train):
+            raise MaekitError(
+                "E-DATA-LABELS", f"{train.name}: one training image per class", expected="two or more of some",
+                found="none that can be held out to choose the epoch", hint="--select last",
+            )  # fmt: skip
+        return Parts(*hold_out(train), val)
+
+
+def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
+    train = parts.fit
+    refuse_idle(settings)
     origin, statistics = _origin(settings, train)
-    num_classes = len(train.classes or [])
     view = FinetuneView(
-        origin.img_size, settings.crop_scale, settings.flip, settings.auto_augment, (0,) * len(origin.mean)
+        origin.img_size,
+        settings.crop_scale,
+        settings.flip,
+        settings.auto_augment,
+        (0,) * len(origin.mean),
+        settings.color_jitter,
     )
-    seed_all(settings.seed)
-    model = classifier(
-        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
-    )
+    model = _classifier(settings, origin, len(train.classes or []))
     channels_of(train, len(origin.mean))
+    score = partial(scorer, size=origin.img_size, here=here, workers=settings.workers, crop_pct=settings.crop_pct)
+    score(parts.val, mean=origin.mean, std=origin.std, tta=settings.tta)  # refused before anything is written
     resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=train.classes)
-    model.to(here.device).train()
+    score = partial(score, mean=resolved.mean, std=resolved.std, precision=resolved.precision)
+    model.to(here.device)
 
     view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
     loader = train_loader(
@@ -83,40 +120,63 @@ def _train(settings: Finetune, train: Source, val: Source, run: Run, here: World
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
     loop = settings.model_copy(update={"precision": resolved.precision})
-    plan = Plan(
-        timing, loop, settings.seed, metadata(origin, classes=train.classes, pool=settings.pool), eval_every=every
-    )
+    facts = metadata(origin, classes=train.classes, pool=settings.pool)
+    plan = Plan(timing, loop, settings.seed, facts, eval_every=every, keep_best="held/top1" if parts.held else "")
     say_what_runs("finetune", model, train, timing.total, here, resolved)
 
-    step = supervised_step(settings, num_classes, here.device)
+    step = supervised_step(settings, model.num_classes, here.device, train.labels)
     groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)
-    evaluate = scorer(
-        val, origin.img_size, resolved.mean, resolved.std, here,
-        workers=settings.workers, precision=resolved.precision, crop_pct=settings.crop_pct,
-    )  # fmt: skip
-    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
+    watch = score(parts.held, name="held") if parts.held else score(parts.val)
+    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
+    if outcome.stopped:
+        return stopped(_counted(run, outcome))
+    found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing)
+    metrics = _counted(run, outcome) | _scored(found, model, parts)
+    if here.is_main:
+        shown = EvalView(origin.img_size, settings.crop_pct or default_crop_pct(origin.img_size))
+        classification_report(run.path, found, parts.val, model, shown, resolved.mean)
+        finish(run, metrics)
+    here.barrier()
+    start = "random weights" if settings.from_scratch else str(settings.run)
+    return Result(
+        metrics,
+        f"{run.path}: top-1 {metrics['top1']:.4f} after {metrics['score_of']}, from {start}; "
+        f"{len(train)} labels, scored on {len(parts.val)} held-out images; look at {run.path}/report.html",
+    )
 
-    metrics: dict[str, Any] = {
+
+def _classifier(settings: Finetune, origin: MaskedAutoencoder, num_classes: int) -> VisionTransformer:
+    """Build the classifier in train mode, all but the last blocks frozen where that is asked for."""
+    seed_all(settings.seed)
+    model = classifier(
+        origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
+    )
+    model.train()
+    if settings.tune_blocks != "all":
+        freeze_below(model, settings.tune_blocks)
+    return model
+
+
+def _counted(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Return what the loop counted."""
+    return {
         "run": str(run.path),
         "steps": outcome.step,
         "loss": outcome.loss,
         "images_per_second": round(outcome.images_per_second, 1),
         "state_sha256": outcome.state_sha256,
-        **{name.replace("val/", ""): score for name, score in outcome.scores.items()},
-        "train_images": len(train),
-        "val_images": len(val),
     }
-    if outcome.stopped:
-        return stopped(metrics)
-    if here.is_main:
-        finish(run, metrics)
-    start = "random weights" if settings.from_scratch else str(settings.run)
-    return Result(
-        metrics,
-        f"{run.path}: top-1 {metrics['top1']:.4f} after the last epoch, from {start}; "
-        f"{len(train)} labels, scored on {len(val)} held-out images",
-    )
+
+
+def _scored(found: Sequence[Scored], model: VisionTransformer, parts: Parts) -> dict[str, Any]:
+    """Return the scores and how many images and parameters they rest on."""
+    metrics: dict[str, Any] = {}
+    for one in found:
+        metrics |= one.metrics(model.num_classes)
+    metrics["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    metrics |= {"train_images": len(parts.fit), "val_images": len(parts.val)}
+    return metrics | ({"held_images": len(parts.held)} if parts.held else {})
 
 
 def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Statistics | None]:
@@ -142,7 +202,8 @@ def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Stati
             num_heads=settings.num_heads,
         )
         return model, None
-    model = load_model(settings.run)
+    reading = read_weights(settings.run)
+    model = without_head(reading) if settings.new_head else as_model(reading)
     _same_architecture(settings, model)
     if settings.img_size is not None and settings.img_size != model.img_size:
         model = at_size(model, settings.img_size)
@@ -175,14 +236,19 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
             )
 
 
-def supervised_step(settings: Finetune, num_classes: int, device: torch.device) -> Any:
-    """Return the step function: mixup or cutmix, random erasing, label smoothing, cross-entropy (paper table 9).
+def supervised_step(settings: Finetune, num_classes: int, device: torch.device, labels: list[int] | None = None) -> Any:
+    """Return the step function: random erasing, mixup or cutmix, label smoothing, loss (paper table 9).
 
     Mixup and erasing draw from the generators that the loop seeds with (seed, step, rank).
+
+    Args:
+        labels: of all training images; needed where classes are weighted.
     """
     mixup = Mixup(
         mixup_alpha=settings.mixup,
         cutmix_alpha=settings.cutmix,
+        prob=settings.mixup_prob,
+        switch_prob=settings.mixup_switch,
         label_smoothing=settings.label_smoothing,
         num_classes=num_classes,
     )
@@ -190,6 +256,7 @@ def supervised_step(settings: Finetune, num_classes: int, device: torch.device) 
     erase = (
         RandomErasing(settings.random_erasing, mode="pixel", device=str(device)) if settings.random_erasing else None
     )
+    weights = balanced_weights(labels or [], num_classes).to(device) if settings.class_weights else None
 
     def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch["images"], batch["labels"]
@@ -199,50 +266,33 @@ def supervised_step(settings: Finetune, num_classes: int, device: torch.device) 
             # timm mixes a batch with its own reverse and wants an even number; twice the batch gives the same pairs
             count, times = len(images), 1 + len(images) % 2
             images, targets = mixup(images.repeat(times, 1, 1, 1), labels.repeat(times))
-            return {"loss": F.cross_entropy(module(images[:count]), targets[:count])}
-        return {"loss": F.cross_entropy(module(images), labels, label_smoothing=settings.label_smoothing)}
+            images, targets = images[:count], targets[:count]
+        elif settings.loss == "cross-entropy" and weights is None:
+            return {"loss": F.cross_entropy(module(images), labels, label_smoothing=settings.label_smoothing)}
+        else:
+            targets = soft_targets(labels, num_classes, settings.label_smoothing)
+        return {"loss": supervised_loss(module(images), targets, kind=settings.loss, weights=weights)}
 
     return step
 
 
-def scorer(
-    val: Source,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    here: World,
-    *,
-    workers: int | str,
-    precision: str = "fp32",
-    crop_pct: float | None = None,
-) -> Evaluate:
-    """Return the evaluation of a classifier: top-1 over every held-out image exactly once, at any world size."""
-    loader = Loader(
-        val,
-        EvalView(size, crop_pct or default_crop_pct(size)),
-        batch_size=len(val),
-        micro_batch=64,
-        mean=mean,
-        std=std,
-        workers=number_of_workers(workers, len(val), size),
-        device=here.device,
-        rank=here.rank,
-        world=here.size,
-    )
+def refuse_idle(settings: Finetune) -> None:
+    """Refuse settings that would change nothing beside the others.
 
-    def evaluate(model: nn.Module) -> Iterator[tuple[str, float]]:
-        rows = [torch.zeros(0, 3, dtype=torch.double)]  # id, right, loss; a process may have none
-        for batch in loader.sweep():
-            with autocast(precision, here.device):
-                logits = model(batch["images"]).float()
-            lost = F.cross_entropy(logits, batch["labels"], reduction="none")
-            found = (batch["ids"], logits.argmax(1) == batch["labels"], lost)
-            rows.append(torch.stack([column.cpu().double() for column in found], 1))
-        table = here.gather(torch.cat(rows))
-        # in order of the images, at any world size; one that stood in for an unreadable one counts once
-        _, first = np.unique(table[:, 0].numpy(), return_index=True)
-        _, right, lost = table[torch.from_numpy(first)].unbind(1)
-        yield "val/top1", float(right.mean())
-        yield "val/loss", float(lost.mean())
-
-    return evaluate
+    Raises:
+        MaekitError: E-CONFIG-IDLE.
+    """
+    idle = {
+        "new_head": (settings.from_scratch or settings.run is None) and "random weights",
+        "mixup_prob": not (settings.mixup or settings.cutmix) and "mixup and cutmix 0",
+        "mixup_switch": not (settings.mixup and settings.cutmix) and "mixup or cutmix 0",
+    }
+    fields = type(settings).model_fields
+    for name, reason in idle.items():
+        value = getattr(settings, name)
+        if reason and value != fields[name].default:
+            raise MaekitError(
+                "E-CONFIG-IDLE", f"setting {name}", found=f"{value} beside {reason}",
+                expected="a setting that does something",
+                hint=f"no --{name.replace('_', '-')}",
+            )  # fmt: skip

@@ -28,6 +28,7 @@ from maekit.errors import MaekitError
 from maekit.seeds import seed_all
 from maekit.settings import Loop
 from maekit.train import checkpoint
+from maekit.train.best import FOLDERS, Best
 from maekit.train.device import World
 from maekit.train.log import Log
 from maekit.train.schedule import Schedule
@@ -65,6 +66,7 @@ class Plan:
         seed: with step and rank it seeds what is random on the device.
         metadata: written into the weights of every checkpoint, so that they load by themselves.
         eval_every: steps between scores; 0: only at the end.
+        keep_best: score whose best weights stay in ``best/``, those of their average in ``best-ema/``; empty: none do.
     """
 
     schedule: Schedule
@@ -72,6 +74,7 @@ class Plan:
     seed: int
     metadata: dict[str, str]
     eval_every: int = 0
+    keep_best: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def fit(
     stop = min(schedule.total, settings.stop_at or schedule.total)
     save_every = settings.save_every or schedule.steps_per_epoch
     first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
+    best = {prefix: Best(run, plan.keep_best, prefix) for prefix in FOLDERS if plan.keep_best}
     pending: list[Tensor] = []
 
     def flush() -> None:
@@ -225,6 +229,8 @@ def fit(
                 scores = _scores(evaluate, model, state.average)
                 if records:
                     records.record(state.step, scores)
+                for prefix, one in best.items():
+                    one.offer(state.step, scores, state.weights(prefix), plan.metadata, write=world.is_main)
             halt = world.any(signals.received is not None)
             if last or halt or state.step == stop or state.step % save_every == 0:
                 save()

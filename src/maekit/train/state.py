@@ -66,6 +66,11 @@ class State:
         parts = {"model": dict(self.model.state_dict()), "optimizer": self._optimizer_tensors()}
         return parts | ({"ema": self.average.tensors} if self.average else {})
 
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the model's tensors; for "ema_" with the average in place of what is trained."""
+        averaged = self.average.tensors if self.average and prefix == "ema_" else {}
+        return dict(self.model.state_dict()) | averaged
+
     def numbers(self) -> dict[str, Any]:
         """Return all else that a checkpoint keeps, as plain JSON."""
         scaler = self.scaler.state_dict()

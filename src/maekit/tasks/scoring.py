@@ -1,0 +1,140 @@
+"""What a classifier says of every image of a source, each exactly once, at any number of processes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from maekit.data.augment import CropsView, EvalView, default_crop_pct
+from maekit.data.loader import Loader, View
+from maekit.data.sources import Source
+from maekit.errors import MaekitError
+from maekit.report.classification import Scored
+from maekit.scores.measures import Judged, judge, top_k
+from maekit.settings import Finetune
+from maekit.tasks.training import number_of_workers
+from maekit.train.best import FOLDERS
+from maekit.train.checkpoint import newest
+from maekit.train.device import World
+from maekit.train.loop import autocast
+from maekit.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The evaluation of a classifier: images as evaluation sees them, in order, nothing padded or seen twice.
+
+    Attributes:
+        name: of the split, before the slash of each score's name.
+        mirror: average each probability over the image and its mirror.
+    """
+
+    loader: Loader
+    world: World
+    precision: str
+    name: str = "val"
+    mirror: bool = False
+
+    def __call__(self, model: nn.Module) -> Iterator[tuple[str, float]]:
+        """Yield accuracy and mean cross-entropy, as the loop logs them."""
+        judged = self.judged(model)
+        yield f"{self.name}/top1", top_k(judged, 1)
+        yield f"{self.name}/loss", float(judged.loss.mean())
+
+    @torch.no_grad()
+    def judged(self, model: nn.Module) -> Judged:
+        """Return what `model`, in eval mode, says of every image: the same in every process.
+
+        Raises:
+            MaekitError: E-NUM-OUTPUT if an output is not finite.
+        """
+        rows = [torch.zeros(0, 6, dtype=torch.double)]  # a process may have no image
+        for batch in self.loader.sweep():
+            with autocast(self.precision, self.world.device):
+                found = self._log_probabilities(model, batch["images"])
+            rows.append(judge(found, batch["labels"], batch["ids"]).table())
+        judged = Judged.of_table(self.world.gather(torch.cat(rows)))
+        if not bool(judged.loss.isfinite().all()):
+            bad = int((~judged.loss.isfinite()).sum())
+            raise MaekitError(
+                "E-NUM-OUTPUT", f"outputs for {bad} of {len(judged.loss)} images", found="NaN or infinity",
+                expected="finite numbers", hint="--precision fp32, or a lower --base-lr",
+            )  # fmt: skip
+        return judged
+
+    def _log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return (B, classes); several views (B, V, C, H, W) of an image give the mean of their probabilities."""
+        views = list(images.unbind(1)) if images.ndim == 5 else [images]
+        views += [view.flip(-1) for view in views] if self.mirror else []
+        logs = torch.stack([model(view).float().log_softmax(-1) for view in views])
+        return logs[0] if len(logs) == 1 else logs.logsumexp(0) - torch.tensor(float(len(logs))).log().item()
+
+
+def scorer(
+    val: Source,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    here: World,
+    *,
+    workers: int | str,
+    precision: str = "fp32",
+    crop_pct: float | None = None,
+    name: str = "val",
+    tta: str | None = None,
+) -> Scorer:
+    """Return the evaluation of a classifier on a source.
+
+    Args:
+        crop_pct: part of the resized image that is kept; default: `default_crop_pct`.
+        name: of the split.
+        tta: views that are averaged: "flip", "5-crop", "10-crop"; None: one.
+
+    Raises:
+        MaekitError: E-CONFIG-TTA for crops of images of which nothing is cut off.
+    """
+    crop_pct = crop_pct or default_crop_pct(size)
+    view: View = EvalView(size, crop_pct)
+    if tta in ("5-crop", "10-crop"):
+        if crop_pct == 1:
+            raise MaekitError(
+                "E-CONFIG-TTA", "setting tta", found=f"{tta} of whole images", expected="a crop_pct below 1",
+                hint="--crop-pct 0.875, or --tta flip",
+            )  # fmt: skip
+        view = CropsView(size, crop_pct)
+    loader = Loader(
+        val,
+        view,
+        batch_size=len(val),
+        micro_batch=64,
+        mean=mean,
+        std=std,
+        workers=number_of_workers(workers, len(val), size),
+        device=here.device,
+        rank=here.rank,
+        world=here.size,
+    )
+    return Scorer(loader, here, precision, name, mirror=tta in ("flip", "10-crop"))
+
+
+def final_scores(model: nn.Module, score: Scorer, run: Path, settings: Finetune, timing: Schedule) -> list[Scored]:
+    """Judge the images to score on by the chosen weights, then by the chosen average where there is one.
+
+    The weights come from the disk, where the loop has put them: what is scored is what a user loads.
+    """
+    model.eval()
+    found = []
+    for prefix in FOLDERS if settings.ema else ("",):
+        last = settings.select == "last"
+        saved = newest(run / "checkpoints" if last else run / FOLDERS[prefix])
+        assert saved is not None
+        averaged = saved.tensors.get("ema", {}) if prefix else {}
+        model.load_state_dict(saved.tensors["model"] | averaged)
+        told = "the last epoch"
+        if not last:
+            epoch, of = (f"{step / timing.steps_per_epoch:.4g}" for step in (saved.step, timing.total))
+            told = f"epoch {epoch} of {of}, the best on held-out training images ({saved.state['score']:.4f})"
+        found.append(Scored(prefix, told, score.judged(model)))
+    return found

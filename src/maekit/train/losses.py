@@ -1,0 +1,39 @@
+"""Losses of a classifier: soft targets, smoothed, weighted by class.
+
+B batch, C classes. Every loss is the mean over images of a sum or mean over classes, so that it does not depend on how
+a batch is cut into micro-batches.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Return (B, C) rows that sum to 1: 1 - smoothing for the label, and smoothing / C for every class."""
+    return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+
+
+def balanced_weights(labels: list[int], num_classes: int) -> Tensor:
+    """Return a weight (C,) for each class, n / (C * images of it), so that all classes weigh the same together.
+
+    A class without images, which no image asks for, weighs 0. Averaged over the images the weights are 1 (the rule of
+    scikit-learn's ``balanced``).
+    """
+    counts = torch.bincount(torch.tensor(labels), minlength=num_classes).float()
+    return torch.where(counts > 0, len(labels) / (num_classes * counts.clamp(min=1)), 0.0)
+
+
+def supervised_loss(logits: Tensor, targets: Tensor, *, kind: str, weights: Tensor | None = None) -> Tensor:
+    """Return the mean loss over a batch.
+
+    Args:
+        logits: (B, C).
+        targets: (B, C) soft targets.
+        kind: "cross-entropy", or "bce": binary cross-entropy of each class by itself, the mean over classes (as in
+            ResNet strikes back, arXiv 2110.00476, section 2.1).
+        weights: (C,) of each class; None: 1.
+    """
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(logits.float(), targets, weight=weights)
+    return F.cross_entropy(logits, targets, weight=weights)
