@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from maekit.report.plots import MAX_POINTS, bars, curves, lines, smooth
+from maekit.report.plots import MAX_POINTS, _carried, bars, curves, lines, smooth
 
 
 def records(count: int = 100, ratio: float = 0.97) -> list[dict[str, float]]:
@@ -29,8 +29,10 @@ def test_a_loss_that_hardly_falls_has_a_plain_axis() -> None:
     assert "log scale" not in words(curves(records(ratio=0.999)))
 
 
-def test_scores_get_a_panel_of_their_own_at_the_epoch_of_the_record_before() -> None:
+def test_scores_get_a_panel_of_their_own_at_the_epoch_of_their_step() -> None:
     assert "val/top1" in words(curves([*records(), {"step": 1000, "val/top1": 0.8}]))
+    scored = [{"step": 10, "val/top1": 0.1}, {"step": 20, "val/top1": 0.2}, {"step": 40, "epoch": 2.0, "loss": 1.0}]
+    assert [record["epoch"] for record in _carried(scored)] == [0.5, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def test_the_result_and_its_folder(whole: tuple[Path, dict[str, Any]]) -> None:
     assert result["balanced_accuracy"] == pytest.approx(result["top1"])  # ten images of each class
     files = {"report.html", "per_class.csv", "confusion.png", "reliability.png", "mistakes.png"}
     assert files <= {file.name for file in run.iterdir()}
-    assert "the last epoch" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "the last epoch" in page
+    assert "random weights" not in page  # it started from a run
 
 
 def test_the_command_and_the_function_give_the_same_bits(

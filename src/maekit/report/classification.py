@@ -141,7 +141,7 @@ def _facts(config: dict[str, Any], model: nn.Module, records: Sequence[dict[str,
     trained, all_of_them = (
         sum(p.numel() for p in model.parameters() if only is None or p.requires_grad) / 1e6 for only in (True, None)
     )
-    start = "random weights" if config.get("from_scratch") else config.get("run")
+    start = "random weights" if config.get("from_scratch") == "true" else config.get("run")
     facts: dict[str, Cell] = {
         "Recipe": config.get("recipe"),
         "Deviations from it": "; ".join(str(Deviation(**each)) for each in resolved.get("deviations") or []),

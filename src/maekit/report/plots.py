@@ -90,12 +90,11 @@ def _spoken(name: str) -> str:
 
 
 def _carried(metrics: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Give records of scores, which hold a step only, the epoch of the record before."""
-    epoch, carried = 0.0, []
-    for record in metrics:
-        epoch = record.get("epoch", epoch)
-        carried.append({"epoch": epoch, **record})
-    return carried
+    """Give records of scores, which hold a step only, the epoch of that step."""
+    metrics = list(metrics)
+    both = [record for record in metrics if _finite(record.get("epoch"), record.get("step")) and record["step"]]
+    per_step = both[-1]["epoch"] / both[-1]["step"] if both else 0.0
+    return [{"epoch": per_step * record["step"] if "step" in record else 0.0, **record} for record in metrics]
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], axis: str, name: str) -> tuple[np.ndarray, np.ndarray]:
