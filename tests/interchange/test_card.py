@@ -92,6 +92,16 @@ def test_a_card_without_licence_is_refused_and_nothing_is_written(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    "given", [{"licence": "mit"}, {"data": "cells"}, {"recipe": "mine"}, {"run": "runs/a"}], ids=str
+)
+def test_what_only_a_card_would_say_is_refused_without_one(tmp_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(MaekitError) as caught:
+        save_model(small(), tmp_path / "m.safetensors", **given)
+    assert caught.value.code == "E-CONFIG-CARD"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("licence", "found"),
     [("mit", "mit"), ("Apache-2.0", "apache-2.0"), (" cc-by-nc-4.0 ", "cc-by-nc-4.0"), ("a: [b\n---\n# c", None)],
     ids=str,

@@ -8,8 +8,6 @@ last part only, since paths tell more of a machine than of its data.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData
-
 from maekit import __version__
 from maekit.config import Deviation, load_yaml, spell
 from maekit.errors import MaekitError, clean
@@ -71,6 +69,8 @@ def card(reading: Reading, licence: str, said: Origin, *, to: str = "safetensors
             expected="the licence of these weights",
             hint="--licence mit, apache-2.0, cc-by-nc-4.0 ... : yours to choose, within what the images allow",
         )
+    from huggingface_hub import ModelCardData  # only here: it costs every command a tenth of a second
+
     library = to if to in ("timm", "transformers", "onnx") else "maekit"
     front = ModelCardData(
         license=licence.strip().lower(),

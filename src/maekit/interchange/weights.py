@@ -133,10 +133,16 @@ def save_model(
         run: run folder that says both, and what deviates from its recipe.
 
     Raises:
-        MaekitError: E-CONFIG-LICENCE for a card without licence; E-ENV-DISK if the disk is full, E-ENV-OUT if the place
+        MaekitError: E-CONFIG-LICENCE for a card without licence, E-CONFIG-CARD for what only a card would say without
+            one; E-ENV-DISK if the disk is full, E-ENV-OUT if the place
             cannot be written, or holds a README.md that is no card of ours.
     """
     path, text = Path(path), ""
+    given = {"licence": licence, "data": data, "recipe": recipe, "run": run}
+    if unheard := [name for name, value in given.items() if value and not card]:
+        raise MaekitError(
+            "E-CONFIG-CARD", f"argument {unheard[0]}", found="card False", expected="card True: the card says it"
+        )
     if card:
         said = origin(Path(run)) if run is not None else Origin()
         said = said._replace(data=data or said.data, recipe=recipe or said.recipe)

@@ -30,8 +30,6 @@ SUFFIXES = {
     "pt2": (".pt2",),
 }
 """Of the files; timm and transformers want a folder."""
-
-
 ENCODERS = ("timm", "detectron2")
 """Layouts that have no place for a decoder."""
 
@@ -46,13 +44,7 @@ def convert(settings: Convert | dict[str, Any]) -> Result:
     settings = typed(Convert, settings)
     src, dst, to = _places(settings)
     reading = _reshaped(read_weights(src, hints(settings)), settings)
-    text = None
-    if settings.licence is not None:
-        graph = to in ("onnx", "pt2") and settings.what != "autoencoder"
-        held = _without_decoder(reading) if reading.kind == "mae" and (graph or to in ENCODERS) else reading
-        text = card(held, settings.licence, origin(src), to=to, name=dst.name)
-    if text is not None and to not in ("timm", "transformers"):  # those write a folder of their own
-        write.refuse_existing(dst.parent / "README.md")
+    text = None if settings.licence is None else _card(reading, settings.licence, src, dst, to, settings.what)
     if to in ("onnx", "pt2"):
         rows, proof = _export(reading, dst, to, settings)
     else:
@@ -149,6 +141,15 @@ def _matrix(path: Path) -> list[list[float]]:
             found=clean(error, 100),
             expected="a JSON list with a list of numbers for each new channel",
         ) from error
+
+
+def _card(reading: Reading, licence: str, src: Path, dst: Path, to: str, what: str | None) -> str:
+    """Return the card of what will be written; refuse a place for it that is taken, before anything is."""
+    if to not in ("timm", "transformers"):  # those write a folder of their own
+        write.refuse_existing(dst.parent / "README.md")
+    encoder = to in ENCODERS or (to in ("onnx", "pt2") and what != "autoencoder")
+    held = _without_decoder(reading) if reading.kind == "mae" and encoder else reading
+    return card(held, licence, origin(src), to=to, name=dst.name)
 
 
 def _write(reading: Reading, place: Path, to: str) -> list[Row]:
