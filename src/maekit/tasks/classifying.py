@@ -31,7 +31,7 @@ log = logging.getLogger("maekit")
 
 
 @dataclass(frozen=True)
-class Scored:
+class Subject:
     """A classifier, ready to be scored.
 
     Attributes:
@@ -65,7 +65,7 @@ class Scored:
         return self.model.patch_embed.num_patches
 
 
-def load_scored(path: Path | None, here: World, *, crop_pct: float | None, precision: str) -> Scored:
+def load_subject(path: Path | None, here: World, *, crop_pct: float | None, precision: str) -> Subject:
     """Load a classifier; the crop is the one asked for, that of its run, or the usual one of its size.
 
     Raises:
@@ -76,7 +76,7 @@ def load_scored(path: Path | None, here: World, *, crop_pct: float | None, preci
     found = load_classifier(path)
     digest = checkpoint.state_sha256({"model": found.model.state_dict()}, {})
     size = (int(found.spec["img_size"][0]), int(found.spec["img_size"][1]))
-    return Scored(
+    return Subject(
         found.model.to(here.device),
         found.classes,
         size,
@@ -94,7 +94,7 @@ def _crop_of_run(path: Path) -> float | None:
     return None if value is None else float(value)
 
 
-def labelled(settings: Any, scored: Scored) -> Source:
+def labelled(settings: Any, scored: Subject) -> Source:
     """Open labelled images of the classifier's classes: the part that fine-tuning holds out, or ``--all-images``.
 
     Raises:
@@ -141,7 +141,7 @@ def chosen(ids: Sequence[str], limit: int, seed: int) -> list[int]:
 
 
 def image_loader(
-    source: Source, view: View, scored: Scored, here: World, settings: Any, *, seed: int = 0, num_noise: int = 0
+    source: Source, view: View, scored: Subject, here: World, settings: Any, *, seed: int = 0, num_noise: int = 0
 ) -> Loader:
     """Return the loader of a sweep over all images."""
     channels_of(source, len(scored.mean))
@@ -163,7 +163,7 @@ def image_loader(
 
 @torch.no_grad()
 def predictions(
-    loader: Loader, scored: Scored, here: World, predict: Callable[[Batch], Tensor], title: str, columns: int = 1
+    loader: Loader, scored: Subject, here: World, predict: Callable[[Batch], Tensor], title: str, columns: int = 1
 ) -> Tensor:
     """Return what `predict` says of each image, (n, 1 + V) long: index of the image, then V outputs.
 
@@ -184,7 +184,7 @@ def predictions(
     return table[torch.from_numpy(first)]
 
 
-def plain(scored: Scored) -> Callable[[Batch], Tensor]:
+def plain(scored: Subject) -> Callable[[Batch], Tensor]:
     """Return the prediction of the classifier itself."""
     return lambda batch: scored.model(batch["images"]).float().argmax(1)
 
@@ -200,7 +200,7 @@ def accuracy(table: Tensor, accepted: Sequence[Sequence[int]]) -> list[float]:
     return right.double().mean(0).tolist()
 
 
-def begin(settings: Settings, run: Run, here: World, source: Source, scored: Scored) -> None:
+def begin(settings: Settings, run: Run, here: World, source: Source, scored: Subject) -> None:
     """Write config.yaml, or see that the images are those that the folder began with."""
     fingerprint = source.fingerprint()
     same_data(run, len(source), fingerprint)

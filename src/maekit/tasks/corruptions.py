@@ -30,13 +30,13 @@ from maekit.seeds import mix
 from maekit.settings import Robustness
 from maekit.tasks import Result
 from maekit.tasks.classifying import (
-    Scored,
+    Subject,
     accuracy,
     begin,
     image_loader,
     labelled,
     limited,
-    load_scored,
+    load_subject,
     plain,
     predictions,
 )
@@ -48,7 +48,7 @@ log = logging.getLogger("maekit")
 Accepted = list[tuple[int, ...]]
 
 
-def score_corruptions(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
+def score_corruptions(settings: Robustness, scored: Subject, run: Run, here: World) -> Result:
     """Score on corruptions made here, or on those of ImageNet-C as published."""
     if settings.protocol == "in-c":
         return _corruptions(settings, scored, run, here, _published_cells(settings))
@@ -57,10 +57,10 @@ def score_corruptions(settings: Robustness, scored: Scored, run: Run, here: Worl
     return _corruptions(settings, scored, run, here, cells)
 
 
-def load(settings: Robustness, path: Path | None, here: World) -> Scored:
+def load(settings: Robustness, path: Path | None, here: World) -> Subject:
     """Load a classifier; the files of ImageNet-C are the crops already, so nothing is cut off them."""
     crop = settings.crop_pct or (1.0 if settings.protocol == "in-c" else None)
-    return load_scored(path, here, crop_pct=crop, precision=settings.precision)
+    return load_subject(path, here, crop_pct=crop, precision=settings.precision)
 
 
 def chosen_kinds(names: list[str]) -> list[str]:
@@ -84,7 +84,7 @@ class Cell(NamedTuple):
     accepted: Accepted
 
 
-Cells = Callable[[Scored, World, str, int], Cell | None]
+Cells = Callable[[Subject, World, str, int], Cell | None]
 """None: there are no such images, as clean ones of ImageNet-C."""
 
 
@@ -93,7 +93,7 @@ def _made(settings: Robustness, source: Source) -> Cells:
     assert source.labels is not None
     accepted = [(label,) for label in source.labels]
 
-    def cell(scored: Scored, here: World, kind: str, severity: int) -> Cell:
+    def cell(scored: Subject, here: World, kind: str, severity: int) -> Cell:
         if severity == 0:
             return Cell(image_loader(source, EvalView(scored.size, scored.crop_pct), scored, here, settings), accepted)
         view = CorruptedView(scored.size, scored.crop_pct, kind, severity)
@@ -119,7 +119,7 @@ def _published_cells(settings: Robustness) -> _Cells:
     def images(place: Path) -> Source:
         return limited(open_source(place), settings.limit, settings.seed)
 
-    def cell(scored: Scored, here: World, kind: str, severity: int) -> Cell | None:
+    def cell(scored: Subject, here: World, kind: str, severity: int) -> Cell | None:
         if (kind, severity) not in folders:
             return None
         source = images(folders[kind, severity])
@@ -177,7 +177,7 @@ def read_table(path: Path) -> Table:
 
 
 def _fill(
-    settings: Robustness, scored: Scored, here: World, cells: Cells, kinds: list[str], file: Path, key: dict[str, Any]
+    settings: Robustness, scored: Subject, here: World, cells: Cells, kinds: list[str], file: Path, key: dict[str, Any]
 ) -> Table:
     """Return the whole table, computing what the file does not hold yet; it is written after each kind."""
     table = Table({**key, "model": scored.digest, "crop_pct": scored.crop_pct, "size": list(scored.size)})
@@ -198,7 +198,7 @@ def _fill(
     return table
 
 
-def _error(cell: Cell | None, scored: Scored, here: World, title: str) -> float | None:
+def _error(cell: Cell | None, scored: Subject, here: World, title: str) -> float | None:
     if cell is None:
         return None
     return 1.0 - accuracy(predictions(cell.loader, scored, here, plain(scored), title), cell.accepted)[0]
@@ -212,7 +212,7 @@ class Reference(NamedTuple):
     clean: float | None
 
 
-def _corruptions(settings: Robustness, scored: Scored, run: Run, here: World, wanted: _Cells) -> Result:
+def _corruptions(settings: Robustness, scored: Subject, run: Run, here: World, wanted: _Cells) -> Result:
     cells, source, kinds = wanted
     begin(settings, run, here, source, scored)
     key = {"protocol": settings.protocol, "data": source.fingerprint(), "images": len(source), "seed": settings.seed}
@@ -255,7 +255,7 @@ def _say(metrics: dict[str, Any], standard: Corruption | None, count: int) -> st
 
 def _reference(
     settings: Robustness,
-    scored: Scored,
+    scored: Subject,
     run: Run,
     here: World,
     cells: Cells,

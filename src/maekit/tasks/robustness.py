@@ -23,7 +23,7 @@ from maekit.report.robustness import (
 from maekit.settings import Robustness
 from maekit.tasks import Result
 from maekit.tasks.classifying import (
-    Scored,
+    Subject,
     accuracy,
     begin,
     image_loader,
@@ -102,7 +102,7 @@ ONLY_FOR = {
 """Settings that mean something to some protocols only."""
 
 
-def _score(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
+def _score(settings: Robustness, scored: Subject, run: Run, here: World) -> Result:
     if settings.protocol in ("corruptions", "in-c"):
         return score_corruptions(settings, scored, run, here)
     if settings.protocol == "occlusion":
@@ -113,7 +113,7 @@ def _score(settings: Robustness, scored: Scored, run: Run, here: World) -> Resul
 # -------------------------------------------------------------------------------------------------- occlusion
 
 
-def _occlusion(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
+def _occlusion(settings: Robustness, scored: Subject, run: Run, here: World) -> Result:
     """Sweep once: every image under every way and fraction, from one noise."""
     source = labelled(settings, scored)
     begin(settings, run, here, source, scored)
@@ -151,7 +151,7 @@ def _occlusion(settings: Robustness, scored: Scored, run: Run, here: World) -> R
     return Result(metrics, f"{run.path}: top-1 by fraction of patches: {said}; {len(source)} images")
 
 
-def _occluded(scored: Scored, batch: Batch, way: str, fraction: float, black: Tensor) -> Tensor:
+def _occluded(scored: Subject, batch: Batch, way: str, fraction: float, black: Tensor) -> Tensor:
     images, noise, patch = batch["images"], batch["noise"], scored.model.patch_embed.patch_size[0]
     if way == "drop":
         return drop(scored.model, images, noise, fraction)
@@ -175,7 +175,7 @@ def _write_occlusion(run: Run, metrics: dict[str, Any], chance: float) -> None:
 # --------------------------------------------------------------------------------------------- published sets
 
 
-def _variant(settings: Robustness, scored: Scored, run: Run, here: World) -> Result:
+def _variant(settings: Robustness, scored: Subject, run: Run, here: World) -> Result:
     """Score on a published set; where only some outputs compete, both numbers are told."""
     variant = _open_variant(settings, scored)
     begin(settings, run, here, variant.source, scored)
@@ -212,7 +212,7 @@ def _variant(settings: Robustness, scored: Scored, run: Run, here: World) -> Res
     return Result(metrics, f"{run.path}: {settings.protocol} top-1 {top1:.4f}, {len(variant.source)} images{more}")
 
 
-def _open_variant(settings: Robustness, scored: Scored) -> Variant:
+def _open_variant(settings: Robustness, scored: Subject) -> Variant:
     """Open the images, at most ``--limit`` of those that can be scored."""
     variant = open_variant(
         settings.protocol,  # type: ignore[arg-type]
