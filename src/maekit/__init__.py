@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from maekit.interchange.weights import load_model, save_model
     from maekit.model.mae import MaskedAutoencoder, create_model
     from maekit.settings import (
+        Compare,
         Convert,
         Data,
         Doctor,
         Embed,
+        Evaluate,
         Finetune,
         Inspect,
         Knn,
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
         Robustness,
     )
     from maekit.tasks import Result
+    from maekit.tasks.compare import compare
     from maekit.tasks.convert import convert
     from maekit.tasks.doctor import doctor
     from maekit.tasks.embed import embed
+    from maekit.tasks.evaluate import evaluate
     from maekit.tasks.finetune import finetune
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
@@ -47,10 +51,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compare",
     "Convert",
     "Data",
     "Doctor",
     "Embed",
+    "Evaluate",
     "Finetune",
     "Inspect",
     "Knn",
@@ -66,10 +72,12 @@ __all__ = [
     "Retrieve",
     "Robustness",
     "__version__",
+    "compare",
     "convert",
     "create_model",
     "doctor",
     "embed",
+    "evaluate",
     "finetune",
     "inspect",
     "knn",
@@ -90,10 +98,12 @@ _HOMES = {
     "maekit.interchange.weights": ("load_model", "save_model"),
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
     "maekit.settings": (
+        "Compare",
         "Convert",
         "Data",
         "Doctor",
         "Embed",
+        "Evaluate",
         "Finetune",
         "Inspect",
         "Knn",
@@ -107,9 +117,11 @@ _HOMES = {
         "Robustness",
     ),
     "maekit.tasks": ("Result",),
+    "maekit.tasks.compare": ("compare",),
     "maekit.tasks.convert": ("convert",),
     "maekit.tasks.doctor": ("doctor",),
     "maekit.tasks.embed": ("embed",),
+    "maekit.tasks.evaluate": ("evaluate",),
     "maekit.tasks.finetune": ("finetune",),
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),

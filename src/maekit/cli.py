@@ -117,6 +117,21 @@ VERBS: dict[str, Verb] = {
             "maekit robustness runs/b --data imagenet-a --protocol in-a --out runs/b-on-a",
         ),
     ),
+    "evaluate": Verb(
+        settings.Evaluate,
+        "maekit.tasks.evaluate",
+        "evaluate",
+        (
+            "maekit evaluate runs/a runs/b --data my_classes --out runs/table",
+            "maekit evaluate mae=runs/a0 mae=runs/a1 --data my_classes --suite full --labels 1%,10%",
+        ),
+    ),
+    "compare": Verb(
+        settings.Compare,
+        "maekit.tasks.compare",
+        "compare",
+        ("maekit compare runs/b runs/c", "maekit compare runs/b0,runs/b1 runs/c0,runs/c1 --out runs/b-c"),
+    ),
     "reconstruct": Verb(
         settings.Reconstruct,
         "maekit.tasks.reconstruct",
@@ -286,7 +301,8 @@ def _in_order(
     words = list(free)
     for name in cls.positional:
         if words and name not in flags:
-            many = typing.get_origin(cls.model_fields[name].annotation) is list
+            info = cls.model_fields[name]
+            many = typing.get_origin(info.annotation) is list and not _at_commas(info)
             found[name], words = (words, []) if many else (words[0], words[1:])
     if words:
         raise MaekitError("E-USAGE-WORD", f"unexpected word {clean(words[0], 60)!r}", hint=f"{prog} --help")
@@ -344,13 +360,18 @@ def _add(group: Any, cls: type[settings.Settings], name: str) -> None:
 
 def _count(info: FieldInfo) -> str | int | None:
     """Return how many words a flag takes: as many as a tuple has, any number for a list, otherwise one."""
-    if "_at_commas" in f"{info.annotation}{info.metadata}":  # 1,5,20: one word
+    if _at_commas(info):
         return None
     if any(typing.get_origin(part) is list for part in _parts(info.annotation)):
         return "+"
     # a pair that a validator completes may also be given as one number
     completed = "BeforeValidator" in f"{info.annotation}{info.metadata}"
     return "+" if _length(info) and completed else _length(info)
+
+
+def _at_commas(info: FieldInfo) -> bool:
+    """Tell whether several values are one word: 1,5,20."""
+    return "_at_commas" in f"{info.annotation}{info.metadata}"
 
 
 def _length(info: FieldInfo) -> int | None:

@@ -66,6 +66,8 @@ Commas = BeforeValidator(_at_commas)
 """Of a list that is one word on the command line: ``--k 1,5,20``."""
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], Commas, Field(min_length=1)]
 Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_length=1)]
+Names = Annotated[list[str], Commas, Field(min_length=1)]
+Paths = Annotated[list[Path], Commas]
 Pool = Literal["mean", "cls"]
 Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -487,6 +489,59 @@ class Retrieve(Images, Held, Kept, Machine):
     out: Path | None = setting(
         None, "folder for neighbours.png and neighbours.csv; default: RUN/retrieve", resume="free"
     )
+
+
+class Evaluate(Images, Labels, Kept, Machine):
+    """Score several encoders by the same protocols, side by side in one table."""
+
+    positional: ClassVar[tuple[str, ...]] = ("runs",)
+
+    runs: list[str] = setting(
+        [], "run folders or weights, each an arm of the table; NAME=PATH: several of one name are seeds of one arm",
+        resume="free",
+    )  # fmt: skip
+    suite: Names = setting(
+        ["quick"],
+        "quick: knn,logistic,lowshot; full: these and lars,attentive,finetune,occlusion; or protocols by name, "
+        "corruptions too",
+        resume="free",
+    )
+    labels: str | None = setting(
+        None, "part of the training labels: 10/class, 1%, 100% or a count; several, as 1%,10%; default: all",
+        resume="free",
+    )  # fmt: skip
+    seeds: int = setting(
+        3, "draws of a part of the labels, and seeds of what is trained: the same for every arm", ge=1, resume="free"
+    )
+    random_arm: bool = setting(
+        True, "one arm more: random weights of the first arm's architecture under the same protocols", resume="free"
+    )
+    pool: Pool | None = setting(None, "mean of patch tokens, or the class token; default: mean")
+    shots: Counts = setting([1, 2, 5, 10], "lowshot: labels a class, as 1,5,10")
+    draws: int = setting(20, "lowshot: draws of the labels", ge=1, le=10_000)
+    finetune: str | None = setting(
+        None, "finetune: a recipe or a YAML file of its other settings; default: those of the verb", resume="free"
+    )
+    probe: str | None = setting(
+        None, "lars, attentive: a recipe or a YAML file of their other settings; default: those of the verb",
+        resume="free",
+    )  # fmt: skip
+    robustness: str | None = setting(
+        None, "occlusion, corruptions: a YAML file of their other settings; default: those of the verb", resume="free"
+    )
+    out: Path | None = setting(
+        None, "folder for table and report; scores that it holds already are not measured again", resume="free"
+    )
+
+
+class Compare(Settings):
+    """Set two finished runs side by side: settings that differ, scores, and whether chance explains them."""
+
+    positional: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    a: Paths = setting([], "finished run, prediction file or seeds of one arm at commas: runs/a0,runs/a1")
+    b: Paths = setting([], "the same for the other arm; seeds in the same order")
+    out: Path | None = setting(None, "folder for report.html, table.csv and table.md")
 
 
 class Reconstruct(Machine):

@@ -12,7 +12,8 @@ from maekit.report.page import Figure, Section, Table, cell, is_number, prose, w
 from maekit.report.plots import bars, curves
 
 HOSTILE = (
-    """"><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)> & 'x' {{ 7919 * 7907 }} \x1b[31m\udc80"""
+    """"><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)> & 'x' {{ 79 * 7907 }} """
+    "\x1b[31m\udc80"
 )
 LOADS = {"src", "href", "xlink:href", "action", "data", "poster", "srcset", "background", "formaction", "ping", "cite"}
 
@@ -75,7 +76,7 @@ def test_hostile_names_are_shown_as_text_and_not_evaluated(tmp_path: Path) -> No
     page = Page(html)
     assert page.text.count("<script>alert(1)</script>") >= 6
     # a product that no time of day, date or plotted figure shows by chance
-    assert "{{ 7919 * 7907 }}" in page.text and str(7919 * 7907) not in html
+    assert "{{ 79 * 7907 }}" in page.text and str(79 * 7907) not in html
     assert "\x1b" not in page.text.split("maekit knn")[0]
 
 

@@ -1,6 +1,5 @@
 """Tables and plots of robustness: per kind and severity, per fraction, beside what the paper published."""
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maekit.report.plots import COLOURS
+from maekit.report.tables import Cell
 from maekit.scores.corruption import GROUPS, Corruption, Errors
-
-Cell = str | float | int | None
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "MAE ViT-B": {"in-c": 0.517, "in-a": 0.359, "in-r": 0.483, "in-sketch": 0.345},
@@ -53,28 +51,6 @@ def corruption_rows(errors: Errors, found: Mapping[str, Corruption]) -> tuple[li
         for kind, one in found.items()
     ]
     return ["kind", "group", *(f"severity {s}" for s in severities), "error", "CE", "relative CE"], rows
-
-
-def to_csv(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> bytes:
-    """Return a table as CSV; an unknown value is an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headers)
-    writer.writerows([["" if value is None else value for value in row] for row in rows])
-    return text.getvalue().encode()
-
-
-def to_markdown(headers: Sequence[str], rows: Sequence[Sequence[Cell]], notes: Sequence[str] = ()) -> bytes:
-    """Return a table as Markdown, numbers to three digits, with lines underneath."""
-    lines = [headers, ["---"] * len(headers), *([_spell(value) for value in row] for row in rows)]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return (table + "".join(f"\n{note}\n" for note in notes)).encode()
-
-
-def _spell(value: Cell) -> str:
-    if value is None:
-        return "–"  # noqa: RUF001
-    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def draw_corruptions(errors: Errors, clean: float | None, names: Sequence[str] = ()) -> bytes:

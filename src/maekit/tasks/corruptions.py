@@ -15,7 +15,8 @@ from maekit.data.loader import Loader
 from maekit.data.sources import Source, open_source
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
-from maekit.report.robustness import corruption_rows, draw_corruptions, published, to_csv, to_markdown
+from maekit.report.robustness import corruption_rows, draw_corruptions, published
+from maekit.report.tables import to_csv, to_markdown
 from maekit.scores.corruption import (
     ALEXNET,
     ALEXNET_CLEAN,

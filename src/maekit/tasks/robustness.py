@@ -14,12 +14,8 @@ from maekit.data.loader import Batch
 from maekit.errors import MaekitError
 from maekit.model.occlusion import blacken, drop, shuffle
 from maekit.report.files import write_whole
-from maekit.report.robustness import (
-    draw_occlusion,
-    published,
-    to_csv,
-    to_markdown,
-)
+from maekit.report.robustness import draw_occlusion, published
+from maekit.report.tables import to_csv, to_markdown
 from maekit.settings import Robustness
 from maekit.tasks import Result
 from maekit.tasks.classifying import (

@@ -1,0 +1,202 @@
+"""Set two finished runs side by side: settings that differ, scores, and whether chance explains the difference.
+
+Each side is one run or several, which are its seeds. What is compared is what the runs have left on the disk: nothing
+is loaded and nothing runs. With several seeds scores are compared pair by pair; of one each the images themselves are,
+where both have left what they said of the same ones (``predictions.parquet`` of a fine-tune, or a file of ``maekit
+predict``).
+"""
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maekit.config import differences, load_yaml, resolve, spell
+from maekit.errors import MaekitError
+from maekit.report.comparison import comparison_report, told
+from maekit.scores.spread import Difference, bootstrapped, paired_over_seeds
+from maekit.settings import Compare, Finetune, Partial, Pretrain, Probe, Quickstart, Robustness, Settings
+from maekit.tasks import Result
+from maekit.tasks.run_folder import typed
+
+KINDS: dict[str, type[Settings]] = {
+    kind.__name__.lower(): kind for kind in (Pretrain, Finetune, Partial, Probe, Quickstart, Robustness)
+}
+"""Verbs that leave a run folder with one score a name."""
+
+
+PREDICTIONS = "predictions.parquet"
+"""In the folder of a fine-tune."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier said of labelled images.
+
+    Attributes:
+        paths: of the images.
+        right: whether its class was the true one.
+    """
+
+    paths: list[str]
+    right: list[bool]
+
+    def top1(self) -> float:
+        """Share of images that it got right."""
+        return sum(self.right) / len(self.right)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run, or the seeds of one.
+
+    Attributes:
+        verb: that made them; "predict" for files of predictions.
+        settings: of the first run; None for files.
+        scores: name -> one value per run; those that all of them have.
+        said: what the only run said of each image, None for several or where nothing was kept.
+    """
+
+    paths: list[Path]
+    verb: str
+    settings: Settings | None
+    scores: dict[str, list[float]]
+    said: Predictions | None
+
+
+def compare(settings: Compare | dict[str, Any]) -> Result:
+    """Return what two runs, or the seeds of two, have in common and what differs.
+
+    Returns:
+        a, b (paths), verb, rows (score, a, b: values; mean, low, high, p, paired, pairs of a minus b), settings
+        (name -> both values), and where the images were compared how many each got right: only_a, only_b, both,
+        neither.
+
+    Raises:
+        MaekitError: E-USAGE-RUN for less than two sides, E-CONFIG-RUN for what is no finished run, E-CONFIG-VERB for
+            runs of two verbs, E-CONFIG-SEEDS for another number of seeds, E-DATA-LABELS, E-ENV-OUT.
+    """
+    settings = typed(Compare, settings)
+    if not settings.a or not settings.b:
+        raise MaekitError("E-USAGE-RUN", "two runs are compared", found="fewer", hint="maekit compare runs/a runs/b")
+    a, b = _side(settings.a), _side(settings.b)
+    if a.verb != b.verb:
+        raise MaekitError(
+            "E-CONFIG-VERB", "two runs", found=f"{a.paths[0]} of {a.verb}, {b.paths[0]} of {b.verb}",
+            expected="two of the same verb", hint="maekit evaluate measures two encoders by the same protocols",
+        )  # fmt: skip
+    if len(a.paths) != len(b.paths):
+        raise MaekitError(
+            "E-CONFIG-SEEDS", "two arms", found=f"{len(a.paths)} and {len(b.paths)} runs",
+            expected="as many of each, in the order of the seeds",
+        )  # fmt: skip
+    metrics: dict[str, Any] = {"a": [str(path) for path in a.paths], "b": [str(path) for path in b.paths]}
+    metrics |= {"verb": a.verb, "rows": _rows(a, b), "settings": _settings(a, b)} | _images(a, b)
+    if settings.out is not None:
+        comparison_report(settings.out, metrics)
+    end = f"\nthe report: {settings.out}/report.html" if settings.out is not None else ""
+    return Result(metrics, told(metrics) + end)
+
+
+def _side(paths: list[Path]) -> Side:
+    runs = [_run(path) for path in paths]
+    verbs = {verb for verb, *_ in runs}
+    if len(verbs) > 1:
+        raise MaekitError("E-CONFIG-VERB", "seeds of one arm", found=" and ".join(sorted(verbs)), expected="one verb")
+    names = [name for name in runs[0][2] if all(name in scores for *_, scores, _ in runs)]
+    scores = {name: [found[name] for *_, found, _ in runs] for name in names}
+    return Side(paths, runs[0][0], runs[0][1], scores, runs[0][3] if len(runs) == 1 else None)
+
+
+def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Predictions | None]:
+    """Return verb, settings, scores and predictions of one run folder or file of predictions."""
+    if path.is_file():
+        said = _predictions(path)
+        return "predict", None, {"top1": said.top1()}, said
+    config, result = path / "config.yaml", path / "result.json"
+    verb = str(load_yaml(config).get("verb")) if config.is_file() else None
+    if verb not in KINDS or not result.is_file():
+        raise MaekitError(
+            "E-CONFIG-RUN", f"{path}",
+            found="no such folder" if not path.exists() else f"an unfinished run of {verb}" if verb in KINDS else f"one of {verb}" if verb else "no run",
+            expected=f"a finished run of {', '.join(KINDS)}, or a file of maekit predict",
+        )  # fmt: skip
+    try:
+        metrics = dict(json.loads(result.read_text()))
+    except ValueError as error:
+        raise MaekitError("E-CONFIG-RUN", f"{result}", found="no JSON", hint="run the same command again") from error
+    found = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    kept = path / PREDICTIONS
+    return verb, resolve(KINDS[verb], file=config)[0], found, _predictions(kept) if kept.is_file() else None
+
+
+def _predictions(path: Path) -> Predictions:
+    """Read a file of predictions.
+
+    Raises:
+        MaekitError: E-CONFIG-RUN if it is none, E-DATA-LABELS if it has no true classes.
+    """
+    names = ["path", "label", "predicted_index"]
+    columns = None
+    with contextlib.suppress(pa.ArrowException, OSError, KeyError):
+        table = pq.read_table(path, columns=names)
+        columns = [table[name].to_pylist() for name in names]
+    if columns is None or not columns[0]:
+        raise MaekitError(
+            "E-CONFIG-RUN",
+            f"{path}",
+            found="no predictions",
+            expected="FILE.parquet of maekit predict, or a run folder",
+        )
+    paths, labels, said = columns
+    if None in labels:
+        raise MaekitError(
+            "E-DATA-LABELS", f"{path}", found=f"{labels.count(None)} images without a class that the classifier has",
+            expected="a true class of each", hint="maekit predict with labelled images of its classes",
+        )  # fmt: skip
+    return Predictions(paths, [label == one for label, one in zip(labels, said, strict=True)])
+
+
+def _rows(a: Side, b: Side) -> list[dict[str, Any]]:
+    """Return one row per score that both have."""
+    rows = []
+    for name in (name for name in a.scores if name in b.scores):
+        mine, theirs = a.scores[name], b.scores[name]
+        found = Difference(mine[0] - theirs[0])
+        if len(mine) > 1:
+            found = paired_over_seeds(mine, theirs)
+        elif name == "top1" and (pairs := _pairs(a, b)):
+            found = bootstrapped([one for one, _ in pairs], [other for _, other in pairs])
+        rows.append({"score": name, "a": mine, "b": theirs, **asdict(found)})
+    return rows
+
+
+def _pairs(a: Side, b: Side) -> list[tuple[bool, bool]]:
+    """Return of each image whether a and b got it right; nothing where they have not judged the same images."""
+    if a.said is None or b.said is None or a.said.paths != b.said.paths:
+        return []
+    return list(zip(a.said.right, b.said.right, strict=True))
+
+
+def _images(a: Side, b: Side) -> dict[str, Any]:
+    """Return how many images each side alone got right, both and neither."""
+    pairs = _pairs(a, b)
+    if not pairs:
+        return {}
+    return {
+        "only_a": pairs.count((True, False)),
+        "only_b": pairs.count((False, True)),
+        "both": pairs.count((True, True)),
+        "neither": pairs.count((False, False)),
+    }
+
+
+def _settings(a: Side, b: Side) -> dict[str, list[str]]:
+    """Return the settings of the first runs that differ, as they are spelled."""
+    if a.settings is None or b.settings is None:
+        return {}
+    return {name: [spell(one), spell(other)] for name, (one, other) in differences(a.settings, b.settings).items()}
