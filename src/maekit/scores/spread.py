@@ -1,5 +1,6 @@
 """How far a mean of few draws can be trusted, and the difference of two."""
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def mean_and_interval(values: Sequence[float], level: float = 0.95) -> tuple[flo
     return mean, student(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+@functools.cache
 def student(level: float, freedom: int) -> float:
     """Return the t within which Student's distribution of so many degrees of freedom has `level` of its mass.
 

@@ -118,11 +118,11 @@ def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Prediction
         said = _predictions(path)
         return "predict", None, {"top1": said.top1()}, said
     config, result = path / "config.yaml", path / "result.json"
-    verb = str(load_yaml(config).get("verb")) if config.is_file() else None
+    verb = str(load_yaml(config).get("verb")) if config.is_file() else ""
     if verb not in KINDS or not result.is_file():
+        there = f"a run of {verb} that is not finished" if verb in KINDS else f"a run of {verb}" if verb else "no run"
         raise MaekitError(
-            "E-CONFIG-RUN", f"{path}",
-            found="no such folder" if not path.exists() else f"an unfinished run of {verb}" if verb in KINDS else f"one of {verb}" if verb else "no run",
+            "E-CONFIG-RUN", f"{path}", found=there if path.exists() else "no such folder",
             expected=f"a finished run of {', '.join(KINDS)}, or a file of maekit predict",
         )  # fmt: skip
     try:
