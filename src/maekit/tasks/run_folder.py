@@ -149,6 +149,7 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         MaekitError: E-ENV-BUSY if another process is at work in the folder, and whatever `work` raises.
     """
     if run.result is not None:
+        log.info("%s: finished already, nothing to do", run.path)
         report = run.path / "report.html"
         look = f"; the report: {report.resolve()}" if report.exists() else ""
         return Result(run.result, f"{run.path} is finished: nothing to do{look}")
@@ -257,7 +258,8 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
             result = dict(json.loads((path / "result.json").read_text()))
         except ValueError:
             log.warning("%s cannot be read: the run counts as unfinished", path / "result.json")
-    log.info("%s: %s", path, "finished already, nothing to do" if result else "an unfinished run is here, going on")
+    if result is None:
+        log.info("%s: an unfinished run is here, going on", path)
     return Run(path, Resolved.model_validate(header["resolved"]), result)
 
 
