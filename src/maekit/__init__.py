@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Knn,
         Lowshot,
         Partial,
+        Predict,
         Pretrain,
         Probe,
         Quickstart,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
     from maekit.tasks.partial import partial
+    from maekit.tasks.predict import predict
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
@@ -58,6 +60,7 @@ __all__ = [
     "MaekitError",
     "MaskedAutoencoder",
     "Partial",
+    "Predict",
     "Pretrain",
     "Probe",
     "Quickstart",
@@ -76,6 +79,7 @@ __all__ = [
     "load_model",
     "lowshot",
     "partial",
+    "predict",
     "pretrain",
     "probe",
     "quickstart",
@@ -99,6 +103,7 @@ _HOMES = {
         "Knn",
         "Lowshot",
         "Partial",
+        "Predict",
         "Pretrain",
         "Probe",
         "Quickstart",
@@ -115,6 +120,7 @@ _HOMES = {
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.partial": ("partial",),
+    "maekit.tasks.predict": ("predict",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),

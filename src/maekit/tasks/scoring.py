@@ -53,7 +53,7 @@ class Scorer:
         rows = [torch.zeros(0, 6, dtype=torch.double)]  # a process may have no image
         for batch in self.loader.sweep():
             with autocast(self.precision, self.world.device):
-                found = self._log_probabilities(model, batch["images"])
+                found = self.log_probabilities(model, batch["images"])
             rows.append(judge(found, batch["labels"], batch["ids"]).table())
         judged = Judged.of_table(self.world.gather(torch.cat(rows)))
         if not bool(judged.loss.isfinite().all()):
@@ -64,7 +64,7 @@ class Scorer:
             )  # fmt: skip
         return judged
 
-    def _log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
+    def log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return (B, classes); several views (B, V, C, H, W) of an image give the mean of their probabilities."""
         views = list(images.unbind(1)) if images.ndim == 5 else [images]
         views += [view.flip(-1) for view in views] if self.mirror else []
