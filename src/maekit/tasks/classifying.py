@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -22,6 +21,7 @@ from maekit.errors import MaekitError
 from maekit.interchange.weights import load_classifier
 from maekit.settings import Settings
 from maekit.tasks.run_folder import Resolved, Run, describe, same_data
+from maekit.tasks.streamed import first_of_each
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train import checkpoint
 from maekit.train.device import World, resolve_precision
@@ -180,8 +180,7 @@ def predictions(
             said = predict(batch)
         rows.append(torch.cat([batch["ids"][:, None], said.reshape(len(said), -1)], 1).long().cpu())
     table = here.gather(torch.cat(rows))
-    _, first = np.unique(table[:, 0].numpy(), return_index=True)
-    return table[torch.from_numpy(first)]
+    return table[first_of_each(table[:, 0])]
 
 
 def plain(scored: Subject) -> Callable[[Batch], Tensor]:

@@ -85,6 +85,14 @@ class Parts:
         for number in range(len(self.ranges)):
             yield self.read(number)
 
+    def num_rows(self) -> int:
+        """Return how many rows all parts have, without reading them."""
+        total = 0
+        for number in range(len(self.ranges)):
+            with safe_open(self._path(number), framework="pt") as file:
+                total += file.get_slice("index").get_shape()[0]
+        return total
+
     def read(self, number: int) -> Rows:
         """Return the rows of a part.
 
@@ -243,8 +251,13 @@ def each_once(rows: Sequence[Rows], here: World) -> Rows:
     One that stood in for an unreadable one comes twice. There must be at least one batch, of no image if need be.
     """
     joined = {name: here.gather(torch.cat([one[name] for one in rows])) for name in rows[0]}
-    first = torch.from_numpy(np.unique(joined["index"].numpy(), return_index=True)[1])
+    first = first_of_each(joined["index"])
     return {name: value[first] for name, value in joined.items()}
+
+
+def first_of_each(index: Tensor) -> Tensor:
+    """Return the rows that put images (n,), some of them twice, into the order of their source, each once."""
+    return torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])
 
 
 class _Progress:
