@@ -281,6 +281,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     )
     img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")  # pyright: ignore[reportIncompatibleVariableOverride]
     from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
+    eval_only: bool = setting(False, "train nothing: RUN is a classifier, score it")
     new_head: bool = setting(False, "RUN is a fine-tuned classifier: its head and the norm under it are drawn anew")
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens under a new norm (OFF), or the class token")

@@ -111,6 +111,9 @@ ROWS = [
     (f"{FINETUNE} --embed-dim 32", 2, "E-CONFIG-RUN", "embed_dim"),
     (f"{FINETUNE} --warmup-epochs 2", 2, "E-CONFIG-LENGTH", "warm-up longer"),
     ("finetune --data CLASSES --out NEW --device cpu", 2, "E-USAGE-RUN", "--from-scratch"),
+    ("finetune --eval-only --data CLASSES --out NEW --device cpu", 2, "E-USAGE-RUN", "no classifier named"),
+    ("finetune RUN --eval-only --data CLASSES --out NEW --device cpu", 4, "E-CKPT-KIND", "pre-trained"),
+    ("partial RUN --eval-only --data CLASSES --out NEW --device cpu", 2, "E-CONFIG-IDLE", "eval_only"),
     # machine
     (f"{PRETRAIN} --device cuda:99", 5, "E-ENV-DEVICE", "cuda:99"),
     (f"{PRETRAIN} --device gpu", 2, "E-CONFIG-DEVICE", "gpu"),

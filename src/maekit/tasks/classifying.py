@@ -16,7 +16,7 @@ from tqdm import tqdm
 from maekit.config import load_yaml
 from maekit.data.augment import default_crop_pct
 from maekit.data.loader import Batch, Loader, View
-from maekit.data.sources import Source, open_source
+from maekit.data.sources import Source, Split, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_classifier
 from maekit.settings import Settings
@@ -100,11 +100,27 @@ def labelled(settings: Any, scored: Subject) -> Source:
     Raises:
         MaekitError: E-USAGE-DATA, E-DATA-LABELS, E-DATA-CLASSES.
     """
-    if settings.data is None:
+    source = open_labelled(settings.data, "val-or-all" if settings.all_images else "val", settings, scored)
+    return limited(source, settings.limit, settings.seed)
+
+
+def open_labelled(place: str | None, split: Split, settings: Any, scored: Subject) -> Source:
+    """Open labelled images of the classifier's classes.
+
+    Args:
+        place: where they are.
+        split: which of them.
+        settings: have image_column and label_column.
+        scored: the classifier.
+
+    Raises:
+        MaekitError: E-USAGE-DATA, E-DATA-LABELS, E-DATA-CLASSES.
+    """
+    if place is None:
         raise MaekitError("E-USAGE-DATA", "no labelled images named", hint="--data FOLDER, or --data builtin:fashion")
     source = open_source(
-        settings.data,
-        "val-or-all" if settings.all_images else "val",
+        place,
+        split,
         image_column=settings.image_column,
         label_column=settings.label_column,
         classes=scored.classes or None,
@@ -112,19 +128,19 @@ def labelled(settings: Any, scored: Subject) -> Source:
     if source.labels is None:
         raise MaekitError(
             "E-DATA-LABELS",
-            f"{settings.data} has no labels",
+            f"{place} has no labels",
             expected="class folders, a list with labels or a parquet label column",
             hint="maekit data PATH",
         )
     if len(source.classes or []) != scored.num_outputs:
         raise MaekitError(
             "E-DATA-CLASSES",
-            f"classes of {settings.data}",
+            f"classes of {place}",
             found=len(source.classes or []),
             expected=f"{scored.num_outputs}, as the classifier has outputs",
             hint="the data that it was fine-tuned on",
         )
-    return limited(source, settings.limit, settings.seed)
+    return source
 
 
 def limited(source: Source, limit: int | None, seed: int) -> Source:
@@ -205,4 +221,8 @@ def begin(settings: Settings, run: Run, here: World, source: Source, scored: Sub
     same_data(run, len(source), fingerprint)
     here.barrier()
     if here.is_main and run.resolved is None:
-        describe(run, settings, Resolved(images=len(source), fingerprint=fingerprint, classes=scored.classes or None))
+        resolved = Resolved(
+            images=len(source), fingerprint=fingerprint, classes=scored.classes or source.classes,
+            precision=scored.precision, mean=scored.mean, std=scored.std,
+        )  # fmt: skip
+        describe(run, settings, resolved)

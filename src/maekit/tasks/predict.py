@@ -20,7 +20,7 @@ from maekit.report.grids import captioned_grid, write_png
 from maekit.settings import Predict
 from maekit.tasks import Result
 from maekit.tasks.classifying import Subject, limited, load_subject
-from maekit.tasks.predictions import Answers, Truth, write_predictions
+from maekit.tasks.predictions import Answers, Truth, check_outputs, write_predictions
 from maekit.tasks.run_folder import outside, typed
 from maekit.tasks.scoring import Scorer, scorer
 from maekit.tasks.streamed import Parts, Rows, Work, images_of, stream
@@ -64,7 +64,9 @@ def predict(settings: Predict | dict[str, Any]) -> Result:
 
         def rows(batch: Batch) -> Rows:
             with autocast(subject.precision, here.device):
-                return answers.rows(score.log_probabilities(subject.model, batch["images"]))
+                found = score.log_probabilities(subject.model, batch["images"])
+            check_outputs(found)
+            return answers.rows(found)
 
         def finish(parts: Parts) -> None:
             write_predictions(out, answers, truth, found.watched(parts))

@@ -35,10 +35,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from maekit.data.loader import Batch
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.report.files import whole
-from maekit.tasks.streamed import Rows
+from maekit.tasks.streamed import Rows, each_once
+from maekit.train.device import World
 
 FORMAT = 1
 TOP = 5
@@ -78,17 +80,8 @@ class Answers:
         return 24 + (4 * self.num_outputs if self.kind == "all" else 12 * self.top)
 
     def rows(self, log_probabilities: Tensor) -> Rows:
-        """Return rows of (B, num_outputs); of equally likely outputs the first is the predicted one.
-
-        Raises:
-            MaekitError: E-NUM-OUTPUT for NaN and infinity.
-        """
+        """Return rows of (B, num_outputs); of equally likely outputs the first is the predicted one."""
         logs = log_probabilities.detach().double().cpu()
-        if bool((logs.isnan() | (logs == torch.inf)).any()):
-            raise MaekitError(
-                "E-NUM-OUTPUT", "outputs of the classifier", found="NaN or infinity", expected="finite numbers",
-                hint="--precision fp32, or maekit data PATH to look at the images",
-            )  # fmt: skip
         # sorted, not topk, whose order of equal values is nobody's
         values, order = torch.sort(logs, stable=True, dim=1, descending=True)
         rows = {"predicted": order[:, 0], "probability": values[:, 0].exp().float()}
@@ -102,6 +95,19 @@ class Answers:
     def none(self) -> Rows:
         """Return the rows of no image."""
         return {"index": torch.zeros(0, dtype=torch.long), **self.rows(torch.zeros(0, self.num_outputs))}
+
+
+def check_outputs(log_probabilities: Tensor) -> None:
+    """Refuse outputs that are no probabilities.
+
+    Raises:
+        MaekitError: E-NUM-OUTPUT for NaN and infinity.
+    """
+    if bool(log_probabilities.isnan().any()):
+        raise MaekitError(
+            "E-NUM-OUTPUT", "outputs of the classifier", found="NaN or infinity", expected="finite numbers",
+            hint="--precision fp32, or maekit data PATH to look at the images",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,28 @@ class Truth:
     def label_name(self, index: int) -> str | None:
         """Return the true class of an image as the data name it."""
         return None if self.source.labels is None else (self.source.classes or [])[self.source.labels[index]]
+
+
+class Kept:
+    """Rows of images that are being scored, for ``predictions.parquet`` beside their scores."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+        self.rows = [answers.none()]  # a process may have no image
+
+    def __call__(self, batch: Batch, log_probabilities: Tensor) -> None:
+        """Keep a batch."""
+        self.rows.append({"index": batch["ids"].cpu(), **self.answers.rows(log_probabilities)})
+
+    def write(self, folder: Path, truth: Truth, here: World) -> None:
+        """Write the rows of all processes.
+
+        Raises:
+            MaekitError: E-ENV-OUT.
+        """
+        rows = each_once(self.rows, here)
+        if here.is_main:
+            write_predictions(folder / "predictions.parquet", self.answers, truth, [rows])
 
 
 def write_predictions(path: Path, answers: Answers, truth: Truth, parts: Iterable[Rows]) -> None:
