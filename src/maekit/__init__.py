@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Knn,
         Lowshot,
         Partial,
+        Predict,
         Pretrain,
         Probe,
         Quickstart,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
     from maekit.tasks.partial import partial
+    from maekit.tasks.predict import predict
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
     from maekit.tasks.quickstart import quickstart
@@ -64,6 +66,7 @@ __all__ = [
     "MaekitError",
     "MaskedAutoencoder",
     "Partial",
+    "Predict",
     "Pretrain",
     "Probe",
     "Quickstart",
@@ -84,6 +87,7 @@ __all__ = [
     "load_model",
     "lowshot",
     "partial",
+    "predict",
     "pretrain",
     "probe",
     "quickstart",
@@ -109,6 +113,7 @@ _HOMES = {
         "Knn",
         "Lowshot",
         "Partial",
+        "Predict",
         "Pretrain",
         "Probe",
         "Quickstart",
@@ -127,6 +132,7 @@ _HOMES = {
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.partial": ("partial",),
+    "maekit.tasks.predict": ("predict",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
     "maekit.tasks.quickstart": ("quickstart",),

@@ -108,6 +108,15 @@ VERBS: dict[str, Verb] = {
         "retrieve",
         ("maekit retrieve runs/a --data my_photos", "maekit retrieve runs/a --data my_photos --k 10 --out pictures"),
     ),
+    "predict": Verb(
+        settings.Predict,
+        "maekit.tasks.predict",
+        "predict",
+        (
+            "maekit predict runs/b --data my_photos --out predictions.parquet",
+            "maekit predict runs/b --data my_photos --out predictions.csv --grid predictions.png",
+        ),
+    ),
     "robustness": Verb(
         settings.Robustness,
         "maekit.tasks.robustness",

@@ -126,6 +126,12 @@ class Machine(Settings):
     seed: int = setting(0, "seed of order, crops, flips, masks and initial weights", ge=0, lt=2**63)
 
 
+class Processes(Machine):
+    """Where it runs"""
+
+    nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
+
+
 class Place(Settings):
     """Images"""
 
@@ -277,6 +283,7 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     )
     img_size: ImageSize | None = setting(None, "default: that of RUN; from scratch without a RUN: 224")  # pyright: ignore[reportIncompatibleVariableOverride]
     from_scratch: bool = setting(False, "random weights; with RUN: of RUN's architecture")
+    eval_only: bool = setting(False, "train nothing: RUN is a classifier, score it")
     new_head: bool = setting(False, "RUN is a fine-tuned classifier: its head and the norm under it are drawn anew")
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
     pool: Literal["mean", "cls"] = setting("mean", "mean of patch tokens under a new norm (OFF), or the class token")
@@ -463,6 +470,31 @@ class Robustness(Images, Machine):
     )
 
 
+class Predict(Images, Processes):
+    """Write what a classifier says of every image into a file."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path | None = setting(None, "run of finetune, or weights with a head")
+    out: Path | None = setting(None, "FILE.parquet or FILE.csv; one that was stopped is gone on with")
+    split: Literal["all", "train", "val"] = setting(
+        "all", "which images of DATA: all, or those that finetune trains on (train) or scores (val)"
+    )
+    limit: int | None = setting(None, "so many images only, the same ones for every model", ge=1)
+    probabilities: Literal["all", "top"] | None = setting(
+        None, "of all classes, or of the five likeliest; default: all up to 100 classes"
+    )
+    grid: Path | None = setting(None, "FILE.png: a picture of some of the images, each with its prediction")
+    count: int = setting(24, "images in the grid, evenly spaced", ge=1, le=1000)
+    crop_pct: float | None = setting(
+        None, "part of the resized image that is seen; default: as the run was scored", gt=0, le=1
+    )
+    tta: Literal["flip", "5-crop", "10-crop"] | None = setting(
+        None, "average over the image and its mirror, centre and corners, or both; default: one view"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("fp32", "auto: what the hardware does well")
+
+
 class Lowshot(Images, Held, Kept, Machine):
     """Score frozen features with few labels a class, over many draws of them."""
 
@@ -557,7 +589,7 @@ class Reconstruct(Machine):
     out: Path | None = setting(None, "folder for the pictures")
 
 
-class Embed(Images, Machine):
+class Embed(Images, Processes):
     """Write the features of a data set into a file."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)

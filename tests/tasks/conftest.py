@@ -24,6 +24,7 @@ import json, os, resource, select, sys
 from maekit.cli import main
 import maekit.tasks.embed, maekit.tasks.finetune, maekit.tasks.knn, maekit.tasks.pretrain, maekit.tasks.probe
 import maekit.tasks.quickstart, maekit.tasks.reconstruct, maekit.tasks.lowshot, maekit.tasks.retrieve
+import maekit.tasks.predict
 
 def tell(**facts):
     print(json.dumps(facts), flush=True)

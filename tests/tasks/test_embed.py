@@ -12,7 +12,9 @@ import torch
 import maekit as package
 from maekit.data.image import read_image
 from maekit.data.sources import open_source
+from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
+from maekit.tasks import features, streamed
 
 Run = Callable[..., Any]
 
@@ -83,3 +85,52 @@ def test_an_unreadable_image_has_no_row_of_another(settings: dict[str, Any], fla
     package.embed({**settings, "data": str(tmp_path / "data"), "out": tmp_path / "f.parquet"})
     paths = pq.read_table(tmp_path / "f.parquet")["path"].to_pylist()
     assert paths == [f"{i:02d}.png" for i in (0, 1, 2, 4, 5, 6, 7)]
+
+
+def test_many_parts_make_the_file_that_one_makes(
+    settings: dict[str, Any], tmp_path: Path, classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in sorted((classes / "val").rglob("*.png")):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / file.name).write_bytes(file.read_bytes())
+    broken = sorted((tmp_path / "data").iterdir())[23]
+    broken.write_bytes(b"")
+    settings = {**settings, "data": str(tmp_path / "data")}
+    for pool in ("mean", "tokens"):
+        package.embed({**settings, "pool": pool, "out": tmp_path / f"{pool}.npy"})
+    package.embed({**settings, "out": tmp_path / "one.parquet"})
+    monkeypatch.setattr(streamed, "PART_ROWS", 8)
+    monkeypatch.setattr(features, "PATCHES_PER_PASS", 8 * 16)
+    for pool in ("mean", "tokens"):
+        result = package.embed({**settings, "pool": pool, "out": tmp_path / f"{pool}-parts.npy"})
+        one, many = (np.load(tmp_path / name) for name in (f"{pool}.npy", f"{pool}-parts.npy"))
+        assert result.metrics["shape"] == [99, *one.shape[1:]] == list(many.shape)
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
+    package.embed({**settings, "out": tmp_path / "many.parquet"})
+    one, many = (pq.read_table(tmp_path / name) for name in ("one.parquet", "many.parquet"))
+    assert many.schema == one.schema and many["path"].equals(one["path"])
+    assert many["id"].to_pylist() == [i for i in range(100) if i != 23]
+    assert (tmp_path / "mean-parts.ids.txt").read_text().splitlines() == many["path"].to_pylist()
+    np.testing.assert_array_equal(
+        np.array(many["embedding"].to_pylist(), np.float32), np.load(tmp_path / "mean-parts.npy")
+    )
+
+
+def test_a_stopped_file_is_gone_on_with(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(streamed, "PART_ROWS", 8)
+    monkeypatch.setattr(features, "PATCHES_PER_PASS", 8 * 16)
+    (tmp_path / "f.ids.txt").mkdir()  # stops it at the very end
+    with pytest.raises(MaekitError, match="cannot write"):
+        package.embed({**settings, "out": tmp_path / "f.npy"})
+    (tmp_path / "f.ids.txt").rmdir()
+    assert not (tmp_path / "f.npy").exists()
+    parts = tmp_path / ".f.npy.parts"
+    for path in sorted(parts.glob("part-*"))[5:]:
+        path.unlink()
+    caplog.set_level("INFO")
+    package.embed({**settings, "out": tmp_path / "f.npy"})
+    assert "going on after 40 of 100 images" in caplog.text and not parts.exists()
+    package.embed({**settings, "out": tmp_path / "g.npy"})
+    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "g.npy").read_bytes()

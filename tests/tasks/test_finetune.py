@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn import functional as F
 
 import maekit as package
+from maekit.data.image import read_image
 from maekit.data.sources import label_subset, open_source
 from maekit.errors import MaekitError
+from maekit.interchange.weights import load_classifier
+from maekit.model.heads import classifier
+from maekit.model.mae import create_model
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks.finetune import supervised_step
@@ -75,6 +80,67 @@ def test_stopping_and_going_on_gives_the_same_bits_and_lines(
     done = package.finetune(settings)
     assert done.metrics["state_sha256"] == whole[1]["state_sha256"] and done.metrics["top1"] == whole[1]["top1"]
     assert records(tmp_path / "run") == records(whole[0])
+
+
+def test_predictions_of_the_images_scored_on_are_those_of_predict(
+    whole: tuple[Path, dict[str, Any]], classes: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(whole[0] / "predictions.parquet")
+    assert table.num_rows == 100
+    right = np.equal(table["predicted_index"].to_pylist(), table["label"].to_pylist())
+    assert right.mean() == whole[1]["top1"]
+    settings = {"run": whole[0], "data": str(classes), "split": "val", "out": tmp_path / "p.parquet", "workers": 0}
+    assert package.predict({**settings, "device": "cpu"}).metrics["top1"] == whole[1]["top1"]
+    assert pq.read_table(tmp_path / "p.parquet").equals(table)
+
+
+def test_eval_only_scores_the_run_and_its_timm_form_as_at_the_end_of_training(
+    whole: tuple[Path, dict[str, Any]], classes: Path, tmp_path: Path
+) -> None:
+    package.convert({"src": whole[0], "dst": tmp_path / "weights", "to": "timm"})
+    for name, weights in (("own", whole[0]), ("timm", tmp_path / "weights")):
+        settings = {"run": weights, "eval_only": True, "data": str(classes), "workers": 0, "device": "cpu"}
+        done = package.finetune({**settings, "out": tmp_path / name})
+        for score in ("top1", "top5", "macro_f1", "balanced_accuracy", "ece", "val_loss"):
+            assert done.metrics[score] == pytest.approx(whole[1][score], rel=1e-5), score
+        one, other = (pq.read_table(run / "predictions.parquet") for run in (whole[0], tmp_path / name))
+        assert one["predicted"].equals(other["predicted"]) and one["path"].equals(other["path"])
+        made = {file.name for file in (tmp_path / name).iterdir()}
+        assert made == {file.name for file in whole[0].iterdir()} & made | {"predictions.parquet"}
+        assert {"report.html", "per_class.csv", "confusion.png", "reliability.png", "mistakes.png"} <= made
+        assert "Nothing was trained here" in (tmp_path / name / "report.html").read_text()
+        assert package.finetune({**settings, "out": tmp_path / name}).metrics == done.metrics  # finished: not again
+    with pytest.raises(MaekitError, match="holds scores of other weights"):
+        package.finetune({**settings, "run": whole[0], "out": tmp_path / "timm"})
+
+
+def test_eval_only_reads_an_official_fine_tuned_file(classes: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, depth=1)
+    made = classifier(model, 10)
+    torch.nn.init.normal_(made.head.weight)  # type: ignore[arg-type]
+    torch.save({"model": made.state_dict(), "epoch": 99}, tmp_path / "mae_finetuned.pth")
+    settings = {"run": tmp_path / "mae_finetuned.pth", "eval_only": True, "data": str(classes), "workers": 0}
+    package.finetune({**settings, "device": "cpu", "out": tmp_path / "run", "tta": "flip"})
+    table, spec = pq.read_table(tmp_path / "run/predictions.parquet"), load_classifier(settings["run"]).spec
+    for i in (3, 57):
+        image = read_image((classes / "val" / table["path"][i].as_py()).read_bytes(), channels=1)
+        views = (torch.stack([image, image.flip(-1)]) / 255 - spec["mean"][0]) / spec["std"][0]
+        with torch.no_grad():
+            expected = made.eval()(views).softmax(1).mean(0)
+        torch.testing.assert_close(torch.tensor(table["probabilities"][i].as_py()), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "idle", [{"mixup": 0.0}, {"labels": "1%"}, {"from_scratch": True}, {"epochs": 3}, {"img_size": 32}, {"ema": 0.9}]
+)
+def test_eval_only_refuses_what_only_training_reads(
+    idle: dict[str, Any], whole: tuple[Path, dict[str, Any]], classes: Path, tmp_path: Path
+) -> None:
+    settings = {"run": whole[0], "eval_only": True, "data": str(classes), "out": tmp_path / "run", **idle}
+    with pytest.raises(MaekitError, match=f"setting {next(iter(idle))}.*beside eval_only") as caught:
+        package.finetune(settings)
+    assert caught.value.code == "E-CONFIG-IDLE" and not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_does_nothing_and_says_the_same(
@@ -161,7 +227,6 @@ def test_the_scores_are_those_of_the_saved_weights(
     import safetensors.torch
     import timm
 
-    from maekit.data.image import read_image
     from maekit.interchange.weights import load_model
 
     run, result = whole
@@ -247,7 +312,6 @@ def test_an_epoch_is_chosen_on_training_images_and_the_others_are_looked_at_once
 
 
 def test_what_is_loaded_from_such_a_run_is_what_was_scored(chosen: tuple[Path, dict[str, Any]], classes: Path) -> None:
-    from maekit.interchange.weights import load_classifier
     from maekit.tasks.scoring import scorer
     from maekit.train.device import World
 
@@ -357,8 +421,6 @@ def test_views_at_the_score_are_averaged_as_probabilities(
     from torchvision.transforms.v2 import functional as V
 
     from maekit.data.augment import resize_to_cover
-    from maekit.data.image import read_image
-    from maekit.interchange.weights import load_classifier
     from maekit.tasks.scoring import scorer
     from maekit.train.device import World
 
@@ -382,7 +444,6 @@ def test_three_processes_score_each_image_once_and_as_one_does(
     maekit: Run, base: dict[str, Any], classes: Path, tmp_path: Path, flags: Run
 ) -> None:
     """100 images over three processes, none padded or seen twice; held-out images choose the same epoch for all."""
-    from maekit.interchange.weights import load_classifier
     from maekit.scores.measures import measures
     from maekit.tasks.scoring import scorer
     from maekit.train.device import World

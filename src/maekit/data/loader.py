@@ -22,7 +22,7 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,23 @@ class Loader:
         Shares are strided by rank and need not be equally long: nothing is padded or seen twice.
         """
         mine = range(self.rank, len(self.source), self.world)
-        yield from self._batches(
-            [[(0, index) for index in mine[i : i + self.micro_batch]] for i in range(0, len(mine), self.micro_batch)]
-        )
+        yield from self._batches(self._in_batches([mine]))
+
+    def sweeps(self, parts: Sequence[range]) -> Iterator[Iterator[Batch]]:
+        """Yield, for each part of the source, this process's batches of it in order, like `sweep`.
+
+        Workers go through all parts without a halt. The batches of a part must all be taken before the next part. At
+        least one of one image: where the share is empty it is another process's.
+        """
+        mine = [part[self.rank :: self.world] or part[:1] for part in parts]
+        batches = self._batches(self._in_batches(mine))
+        for share in mine:
+            yield itertools.islice(batches, math.ceil(len(share) / self.micro_batch))
+
+    def _in_batches(self, shares: Iterable[range]) -> Iterator[list[tuple[int, int]]]:
+        for share in shares:
+            for i in range(0, len(share), self.micro_batch):
+                yield [(0, index) for index in share[i : i + self.micro_batch]]
 
     def _batches(self, sampler: Any) -> Iterator[Batch]:
         batches = self._iterate(sampler)

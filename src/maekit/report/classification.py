@@ -87,7 +87,7 @@ def classification_report(
     drawn = curves(records)
     write_report(
         run / "report.html",
-        title=f"Fine-tuning: {run.name}",
+        title=f"{'Evaluation' if config.get('eval_only') == 'true' else 'Fine-tuning'}: {run.name}",
         intro=_intro(scored, source, config),
         sections=[
             _scores(scored, len(classes)),
@@ -104,6 +104,11 @@ def classification_report(
 
 
 def _intro(scored: Sequence[Scored], source: Source, config: dict[str, Any]) -> list[str]:
+    if config.get("eval_only") == "true":
+        return [
+            f"{config.get('run')} was scored as it is on {len(source):,} images, each exactly once. Nothing was "
+            "trained here; whether these images were among those it was trained on, only its maker can tell."
+        ]
     of = "; ".join(f"{one.name}: {one.told}" for one in scored)
     chosen = config.get("select") == "held-out"
     seen = (
@@ -141,12 +146,23 @@ def _facts(config: dict[str, Any], model: nn.Module, records: Sequence[dict[str,
     trained, all_of_them = (
         sum(p.numel() for p in model.parameters() if only is None or p.requires_grad) / 1e6 for only in (True, None)
     )
+    classes = f"{len(resolved.get('classes') or [])} classes"
+    if config.get("eval_only") == "true":
+        place = config.get("val_data") or config.get("data")
+        facts: dict[str, Cell] = {
+            "Images": f"{place} · {resolved.get('images')}, {classes}",
+            "Weights": f"{config.get('run')}, {all_of_them:.2f} M parameters",
+            "Views at the score": str(config.get("tta") or "one"),
+            "Precision": resolved.get("precision"),
+            "Software": software(),
+            "Machine": machine(model),
+        }
+        return {name: value for name, value in facts.items() if value not in (None, "")}
     start = "random weights" if config.get("from_scratch") == "true" else config.get("run")
-    facts: dict[str, Cell] = {
+    facts = {
         "Recipe": config.get("recipe"),
         "Deviations from it": "; ".join(str(Deviation(**each)) for each in resolved.get("deviations") or []),
-        "Images": f"{config.get('data')} · {resolved.get('images')} to train on, {len(resolved.get('classes') or [])} "
-        "classes",
+        "Images": f"{config.get('data')} · {resolved.get('images')} to train on, {classes}",
         "Started from": str(start),
         "Trained": f"{trained:.2f} of {all_of_them:.2f} M parameters (blocks: {config.get('tune_blocks')})",
         "Length": f"{last.get('step', 0):,} steps, {epoch:.4g} epochs, batch {config.get('batch_size')}",

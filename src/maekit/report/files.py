@@ -3,6 +3,7 @@
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from maekit.errors import MaekitError
@@ -14,10 +15,21 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         MaekitError: E-ENV-OUT if the place cannot be written.
     """
+    with whole(path) as place:
+        place.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a place beside, for a file that is written piece by piece; rename it when the block ends well.
+
+    Raises:
+        MaekitError: E-ENV-OUT if the place cannot be written.
+    """
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise MaekitError("E-ENV-OUT", f"cannot write {path}", found=error.strerror or error) from error

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -17,11 +16,12 @@ from tqdm import tqdm
 from maekit.config import load_yaml
 from maekit.data.augment import default_crop_pct
 from maekit.data.loader import Batch, Loader, View
-from maekit.data.sources import Source, open_source
+from maekit.data.sources import Source, Split, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_classifier
 from maekit.settings import Settings
 from maekit.tasks.run_folder import Resolved, Run, describe, same_data
+from maekit.tasks.streamed import first_of_each
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train import checkpoint
 from maekit.train.device import World, resolve_precision
@@ -100,11 +100,27 @@ def labelled(settings: Any, scored: Subject) -> Source:
     Raises:
         MaekitError: E-USAGE-DATA, E-DATA-LABELS, E-DATA-CLASSES.
     """
-    if settings.data is None:
+    source = open_labelled(settings.data, "val-or-all" if settings.all_images else "val", settings, scored)
+    return limited(source, settings.limit, settings.seed)
+
+
+def open_labelled(place: str | None, split: Split, settings: Any, scored: Subject) -> Source:
+    """Open labelled images of the classifier's classes.
+
+    Args:
+        place: where they are.
+        split: which of them.
+        settings: have image_column and label_column.
+        scored: the classifier.
+
+    Raises:
+        MaekitError: E-USAGE-DATA, E-DATA-LABELS, E-DATA-CLASSES.
+    """
+    if place is None:
         raise MaekitError("E-USAGE-DATA", "no labelled images named", hint="--data FOLDER, or --data builtin:fashion")
     source = open_source(
-        settings.data,
-        "val-or-all" if settings.all_images else "val",
+        place,
+        split,
         image_column=settings.image_column,
         label_column=settings.label_column,
         classes=scored.classes or None,
@@ -112,19 +128,19 @@ def labelled(settings: Any, scored: Subject) -> Source:
     if source.labels is None:
         raise MaekitError(
             "E-DATA-LABELS",
-            f"{settings.data} has no labels",
+            f"{place} has no labels",
             expected="class folders, a list with labels or a parquet label column",
             hint="maekit data PATH",
         )
     if len(source.classes or []) != scored.num_outputs:
         raise MaekitError(
             "E-DATA-CLASSES",
-            f"classes of {settings.data}",
+            f"classes of {place}",
             found=len(source.classes or []),
             expected=f"{scored.num_outputs}, as the classifier has outputs",
             hint="the data that it was fine-tuned on",
         )
-    return limited(source, settings.limit, settings.seed)
+    return source
 
 
 def limited(source: Source, limit: int | None, seed: int) -> Source:
@@ -180,8 +196,7 @@ def predictions(
             said = predict(batch)
         rows.append(torch.cat([batch["ids"][:, None], said.reshape(len(said), -1)], 1).long().cpu())
     table = here.gather(torch.cat(rows))
-    _, first = np.unique(table[:, 0].numpy(), return_index=True)
-    return table[torch.from_numpy(first)]
+    return table[first_of_each(table[:, 0])]
 
 
 def plain(scored: Subject) -> Callable[[Batch], Tensor]:
@@ -206,4 +221,8 @@ def begin(settings: Settings, run: Run, here: World, source: Source, scored: Sub
     same_data(run, len(source), fingerprint)
     here.barrier()
     if here.is_main and run.resolved is None:
-        describe(run, settings, Resolved(images=len(source), fingerprint=fingerprint, classes=scored.classes or None))
+        resolved = Resolved(
+            images=len(source), fingerprint=fingerprint, classes=scored.classes or source.classes,
+            precision=scored.precision, mean=scored.mean, std=scored.std,
+        )  # fmt: skip
+        describe(run, settings, resolved)

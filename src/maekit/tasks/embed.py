@@ -1,4 +1,7 @@
-"""Write the features of a data set into a file that other tools open."""
+"""Write the features of a data set into a file that other tools open.
+
+Data larger than memory are streamed, and a stopped file is gone on with (`maekit.tasks.streamed`).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,48 +9,72 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
+from maekit.data.augment import default_crop_pct
+from maekit.data.loader import Batch
 from maekit.data.sources import Source, open_source
 from maekit.errors import MaekitError
+from maekit.model.mae import MaskedAutoencoder, check_pool
+from maekit.report.files import whole
 from maekit.settings import Embed
 from maekit.tasks import Result
-from maekit.tasks.features import Features, extract, load_encoder
+from maekit.tasks.features import check_features, encoder_loader, load_encoder
+from maekit.tasks.predictions import fixed_lists, identity, text
 from maekit.tasks.run_folder import outside, typed
+from maekit.tasks.streamed import Parts, Rows, Work, images_of, stream
+from maekit.tasks.training import spread
+from maekit.train.checkpoint import state_sha256
 from maekit.train.device import world
 
 
 def embed(settings: Embed | dict[str, Any]) -> Result:
-    """Write one embedding per image.
+    """Write one embedding per image, or go on with a file that was stopped.
 
-    ``FILE.parquet`` has the columns id, path, label, embedding; ``FILE.npy`` is an array (n, D), or (n, T, D) with
-    ``--pool tokens``, with the ids in ``FILE.ids.txt``.
+    ``FILE.parquet`` has the columns id (place of the image in the data), path, label, label_name, embedding;
+    ``FILE.npy`` is an array (n, D), or (n, T, D) with ``--pool tokens``, with the paths in ``FILE.ids.txt``. An image
+    that cannot be read has no row.
+
+    Returns:
+        run, file, images, shape; exit code 75 if stopped with something to go on from: file, images, of.
 
     Raises:
-        MaekitError: E-USAGE- (no data, no or another kind of file), E-DATA-, E-CKPT-, E-ENV-OUT.
+        MaekitError: E-USAGE- (no data, no or another kind of file), E-DATA-, E-CKPT-, E-NUM-FEATURES, E-ENV-OUT,
+            E-ENV-BUSY.
     """
     settings = typed(Embed, settings)
     out = _file(settings)
     if settings.data is None:
         raise MaekitError("E-USAGE-DATA", "no images named", hint="--data FOLDER, or --data builtin:fashion")
+    if (result := spread(settings, embed)) is not None:
+        return result
     with world(settings.device) as here:
         source = open_source(
             settings.data, None, image_column=settings.image_column, label_column=settings.label_column
         )
         model = load_encoder(settings, here)
-        features = extract(model, source, here, pool=settings.pool, workers=settings.workers, title="features")
-        if here.is_main:
-            try:
-                _write(out, source, features)
-            except OSError as error:
-                raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
-    metrics = {
-        "run": str(settings.run),
-        "file": str(out),
-        "images": len(features.index),
-        "shape": list(features.values.shape),
-    }
-    shape = " x ".join(map(str, features.values.shape[1:]))
-    return Result(metrics, f"{out}: {len(features.index)} embeddings of {shape} numbers")
+        check_pool(model.encoder, settings.pool, also=("tokens",))
+        shape = [len(source), *_shape(model, settings.pool)]
+
+        def rows(batch: Batch) -> Rows:
+            last = len(model.encoder.blocks)
+            (values,) = model.layer_features(batch["images"], [(last, settings.pool)])
+            values = values.float().cpu()
+            check_features(values, source.name, last)
+            return {"values": values}
+
+        def finish(parts: Parts) -> None:
+            shape[0] = parts.num_rows()
+            _write(out, source, parts, shape)
+
+        loader = encoder_loader(model, source, here, settings.workers)
+        work = Work(loader, rows, 4 * int(np.prod(shape[1:])), "features", _job(model, source, settings.pool))
+        if (stopped := stream(out, work, here, finish)) is not None:
+            return stopped
+    metrics = {"run": str(settings.run), "file": str(out), "images": shape[0], "shape": shape}
+    skipped = f", {len(source) - shape[0]} images skipped" if shape[0] < len(source) else ""
+    return Result(metrics, f"{out}: {shape[0]} embeddings of {' x '.join(map(str, shape[1:]))} numbers{skipped}")
 
 
 def _file(settings: Embed) -> Path:
@@ -67,34 +94,52 @@ def _file(settings: Embed) -> Path:
     return settings.out
 
 
-def _write(out: Path, source: Source, features: Features) -> None:
-    """Write beside and rename, so that a file is whole or absent."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp-{out.name}")
-    try:
-        _write_into(temporary, out, source, features)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _shape(model: MaskedAutoencoder, pool: str) -> list[int]:
+    """Return the shape of one image's features."""
+    width = model.encoder.embed_dim
+    return [model.encoder.num_prefix_tokens + model.num_patches, width] if pool == "tokens" else [width]
 
 
-def _write_into(temporary: Path, out: Path, source: Source, features: Features) -> None:
-    ids = [source.ids[i] for i in features.index.tolist()]
-    if out.suffix == ".npy":
-        with temporary.open("wb") as file:
-            np.save(file, features.values.numpy(), allow_pickle=False)
-        out.with_suffix(".ids.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-    else:
-        labels = [None if label < 0 else label for label in features.labels.tolist()]
-        names = [None if label is None or source.classes is None else source.classes[label] for label in labels]
-        values = pa.FixedSizeListArray.from_arrays(pa.array(features.values.numpy().ravel()), features.values.shape[1])
-        table = pa.table(
-            {
-                "id": list(range(len(ids))),
-                "path": ids,
-                "label": pa.array(labels, pa.int64()),
-                "label_name": pa.array(names, pa.string()),
-                "embedding": values,
-            }
-        )
-        pq.write_table(table, temporary)
+def _job(model: MaskedAutoencoder, source: Source, pool: str) -> dict[str, Any]:
+    return images_of(source) | {
+        "verb": "embed",
+        "weights": state_sha256({"encoder": model.encoder.state_dict()}, {}),
+        "size": model.img_size,
+        "mean": model.mean,
+        "std": model.std,
+        "crop_pct": default_crop_pct(model.img_size),
+        "pool": pool,
+    }
+
+
+def _write(out: Path, source: Source, parts: Parts, shape: list[int]) -> None:
+    """Write part by part; a file is whole or absent."""
+    if out.suffix == ".parquet":
+        with whole(out) as place:
+            _write_parquet(place, source, parts, shape)
+        return
+    with (
+        whole(out) as place,
+        whole(out.with_suffix(".ids.txt")) as names,  # in its place first
+        place.open("wb") as array,
+        names.open("w", encoding="utf-8") as ids,
+    ):
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(array, header)
+        for rows in parts:
+            array.write(rows["values"].numpy().astype("<f4", copy=False).tobytes())
+            ids.writelines(f"{source.ids[i]}\n" for i in rows["index"].tolist())
+
+
+def _write_parquet(place: Path, source: Source, parts: Parts, shape: list[int]) -> None:
+    schema = _table(source, [], torch.zeros(0, shape[1])).schema
+    with pq.ParquetWriter(place, schema) as writer:
+        for rows in parts:
+            writer.write_table(_table(source, rows["index"].tolist(), rows["values"]))
+
+
+def _table(source: Source, index: list[int], values: Tensor) -> pa.Table:
+    labels = [None if source.labels is None else source.labels[i] for i in index]
+    names = [None if label is None or source.classes is None else text(source.classes[label]) for label in labels]
+    more = {"label": pa.array(labels, pa.int64()), "label_name": pa.array(names, pa.string())}
+    return pa.table(identity(source, index) | more | {"embedding": fixed_lists(values)})

@@ -43,17 +43,14 @@ class FeatureCache:
 
     def key(self, model: MaskedAutoencoder, source: Source, device: str) -> dict[str, Any] | None:
         """Return what decides the features of these images beside layer and pooling; None: these can't be kept."""
-        stamps = source.stamps()
-        if stamps is None:
+        changes = changes_of(source)
+        if changes is None:
             return None
-        changes = hashlib.sha256()
-        for stamp in stamps:
-            changes.update(b"\0" + stamp.encode("utf-8", "surrogateescape"))
         return {
             "maekit": __version__,
             "weights": state_sha256({"encoder": model.encoder.state_dict()}, {}),
             "images": source.fingerprint(),
-            "changes": changes.hexdigest(),
+            "changes": changes,
             "size": list(model.img_size),
             "crop_pct": default_crop_pct(model.img_size),
             "mean": list(model.mean),
@@ -97,6 +94,17 @@ class FeatureCache:
         about = json.dumps({**key, "layer": layer, "pool": pool}, sort_keys=True)
         digest = hashlib.sha256(about.encode()).hexdigest()[:32]
         return self.folder / f"block-{layer}-{pool}-{digest}.safetensors", about
+
+
+def changes_of(source: Source) -> str | None:
+    """Return a digest that differs when any image has changed, also to one of equal size; None: nothing tells."""
+    stamps = source.stamps()
+    if stamps is None:
+        return None
+    changes = hashlib.sha256()
+    for stamp in stamps:
+        changes.update(b"\0" + stamp.encode("utf-8", "surrogateescape"))
+    return changes.hexdigest()
 
 
 def open_cache(settings: Any) -> FeatureCache | None:

@@ -1,4 +1,4 @@
-"""Frozen features of a labelled data set: what probe, knn, embed and quickstart have in common."""
+"""Frozen features of a labelled data set: what probe, knn and quickstart have in common, and embed in part."""
 
 import logging
 import sys
@@ -17,6 +17,7 @@ from maekit.interchange.weights import load_model
 from maekit.model.mae import MaskedAutoencoder, check_pool
 from maekit.seeds import seed_all
 from maekit.tasks.feature_cache import FeatureCache, open_cache
+from maekit.tasks.streamed import first_of_each
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train.device import World
 
@@ -159,18 +160,49 @@ def extract_layers(
         missing = list(wanted)
     found = _run(model, source, world, missing, workers, title)
     for (layer, pool), features in found.items():
-        if not torch.isfinite(features.values).all():
-            wrong = int((~torch.isfinite(features.values.flatten(1)).all(1)).sum())
-            raise MaekitError(
-                "E-NUM-FEATURES",
-                f"features of {source.name} after block {layer}",
-                found=f"NaN or infinity for {wrong} of {len(features.index)} images",
-                expected="numbers",
-                hint="an earlier checkpoint, or maekit data PATH to look at the images",
-            )
+        check_features(features.values, source.name, layer)
         if cache is not None and key is not None and world.is_main and pool != "tokens":
             cache.write(key, layer, pool, features.values, features.index)
     return {one: found[one] if one in found else kept[one] for one in wanted}
+
+
+def check_features(values: Tensor, name: str, layer: int) -> None:
+    """Refuse features that are no numbers.
+
+    Raises:
+        MaekitError: E-NUM-FEATURES.
+    """
+    if torch.isfinite(values).all():
+        return
+    wrong = int((~torch.isfinite(values.flatten(1)).all(1)).sum())
+    raise MaekitError(
+        "E-NUM-FEATURES",
+        f"features of {name} after block {layer}",
+        found=f"NaN or infinity for {wrong} of {len(values)} images",
+        expected="numbers",
+        hint="an earlier checkpoint, or maekit data PATH to look at the images",
+    )
+
+
+def encoder_loader(model: MaskedAutoencoder, source: Source, world: World, workers: int | str) -> Loader:
+    """Return the loader of all images as evaluation shows them to an encoder.
+
+    Raises:
+        MaekitError: E-CONFIG-CHANNELS for images of another kind, said at once, not one by one.
+    """
+    channels_of(source, len(model.mean))
+    return Loader(
+        source,
+        EvalView(model.img_size, default_crop_pct(model.img_size)),
+        batch_size=len(source),
+        micro_batch=max(1, PATCHES_PER_PASS // model.num_patches),
+        mean=model.mean,
+        std=model.std,
+        workers=number_of_workers(workers, len(source), model.img_size),
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+    )
 
 
 @torch.no_grad()
@@ -178,20 +210,7 @@ def _run(
     model: MaskedAutoencoder, source: Source, world: World, wanted: list[Wanted], workers: int | str, title: str
 ) -> dict[Wanted, Features]:
     """Pass every image through the encoder once."""
-    size = model.img_size
-    channels_of(source, len(model.mean))  # images of another kind are said at once, not one by one
-    loader = Loader(
-        source,
-        EvalView(size, default_crop_pct(size)),
-        batch_size=len(source),
-        micro_batch=max(1, PATCHES_PER_PASS // model.num_patches),
-        mean=model.mean,
-        std=model.std,
-        workers=number_of_workers(workers, len(source), size),
-        device=world.device,
-        rank=world.rank,
-        world=world.size,
-    )
+    loader = encoder_loader(model, source, world, workers)
     width, tokens = model.encoder.embed_dim, model.encoder.num_prefix_tokens + model.num_patches
     # a process may have no image
     values = {one: [torch.zeros((0, tokens, width) if one[1] == "tokens" else (0, width))] for one in wanted}
@@ -206,8 +225,7 @@ def _run(
 
 def _each_once(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Put the rows into the order of the source; an image that stood in for an unreadable one counts once."""
-    rows = {image: row for row, image in enumerate(index.tolist())}
-    chosen = torch.tensor([rows[image] for image in sorted(rows)])
+    chosen = first_of_each(index)
     return values[chosen], index[chosen]
 
 

@@ -23,7 +23,9 @@ from maekit.report.classification import Scored, classification_report
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks import Result
+from maekit.tasks.eval_only import evaluate_only, refuse_training
 from maekit.tasks.features import labelled_splits
+from maekit.tasks.predictions import Answers, Kept, Truth
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.scoring import final_scores, scorer
 from maekit.tasks.training import (
@@ -52,14 +54,19 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
     Returns:
         run, steps, loss, images_per_second, state_sha256; then, on the images to score on, each seen once: top1, top5,
         macro_f1, balanced_accuracy, ece and val_loss of the epoch that score_of names (with ``--ema`` also ema_top1
-        ... of the average); exit code 75 if stopped before the end.
+        ... of the average); exit code 75 if stopped before the end. ``--eval-only``: as
+        `maekit.tasks.eval_only.evaluate_only`. The run folder gets predictions.parquet, of the weights that the report
+        is about, with the columns of `maekit.tasks.predictions`.
 
     Raises:
         MaekitError: for everything a user can cause.
     """
     settings = typed(Finetune, settings)
+    refuse_idle(settings)
     if (result := spread(settings, finetune, splits)) is not None:
         return result
+    if settings.eval_only:
+        return evaluate_only(settings, None if splits is None else splits[1])
     with world(settings.device) as here:
         run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
         return carry_out(
@@ -94,7 +101,6 @@ class Parts:
 
 def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     train = parts.fit
-    refuse_idle(settings)
     origin, statistics = _origin(settings, train)
     view = FinetuneView(
         origin.img_size,
@@ -131,7 +137,9 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
     if outcome.stopped:
         return stopped(_counted(run, outcome))
-    found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing)
+    kept = Kept(Answers.of(model.num_classes, None))
+    found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing, kept)
+    kept.write(run.path, Truth.of(parts.val, train.classes or [], model.num_classes), here)
     metrics = _counted(run, outcome) | _scored(found, model, parts)
     if here.is_main:
         shown = EvalView(origin.img_size, settings.crop_pct or default_crop_pct(origin.img_size))
@@ -282,6 +290,8 @@ def refuse_idle(settings: Finetune) -> None:
     Raises:
         MaekitError: E-CONFIG-IDLE.
     """
+    if settings.eval_only:
+        refuse_training(settings)
     idle = {
         "new_head": (settings.from_scratch or settings.run is None) and "random weights",
         "mixup_prob": not (settings.mixup or settings.cutmix) and "mixup and cutmix 0",

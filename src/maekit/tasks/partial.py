@@ -36,6 +36,10 @@ def partial(settings: Partial | dict[str, Any]) -> Result:
     settings = typed(Partial, settings)
     if settings.run is None:
         raise MaekitError("E-USAGE-RUN", "nothing to start from", hint="a run folder as first argument")
+    if settings.eval_only:
+        raise MaekitError(
+            "E-CONFIG-IDLE", "setting eval_only", found="a series of trainings", hint="finetune --eval-only"
+        )
     blocks = blocks_of(settings)
     run = open_run(settings.out or default_out("partial", settings.data), "partial", settings)
     return carry_out(run, lambda: _series(settings, blocks, *labelled_splits(settings), run))

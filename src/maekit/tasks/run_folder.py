@@ -154,7 +154,7 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         look = f"; the report: {report.resolve()}" if report.exists() else ""
         return Result(run.result, f"{run.path} is finished: nothing to do{look}")
     try:
-        with _alone(run.path), _signals_interrupt():
+        with alone(run.path), _signals_interrupt():
             return work()
     except (KeyboardInterrupt, SystemExit):
         folders = sorted(run.path.rglob("checkpoints"))  # a quickstart's are those of its stages
@@ -175,7 +175,7 @@ def _take_away(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system gives back however the process ends; tidy up what a kill left."""
     if os.environ.get("RANK", "0") != "0":
         yield

@@ -1,6 +1,6 @@
 """What a classifier says of every image of a source, each exactly once, at any number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from maekit.data.augment import CropsView, EvalView, default_crop_pct
-from maekit.data.loader import Loader, View
+from maekit.data.loader import Batch, Loader, View
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.report.classification import Scored
@@ -20,6 +20,8 @@ from maekit.train.checkpoint import newest
 from maekit.train.device import World
 from maekit.train.loop import autocast
 from maekit.train.schedule import Schedule
+
+Tap = Callable[[Batch, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,12 @@ class Scorer:
         yield f"{self.name}/loss", float(judged.loss.mean())
 
     @torch.no_grad()
-    def judged(self, model: nn.Module) -> Judged:
+    def judged(self, model: nn.Module, tap: Tap | None = None) -> Judged:
         """Return what `model`, in eval mode, says of every image: the same in every process.
+
+        Args:
+            model: in eval mode.
+            tap: is shown the logarithms of all probabilities of each batch, of which only six numbers are kept here.
 
         Raises:
             MaekitError: E-NUM-OUTPUT if an output is not finite.
@@ -53,7 +59,9 @@ class Scorer:
         rows = [torch.zeros(0, 6, dtype=torch.double)]  # a process may have no image
         for batch in self.loader.sweep():
             with autocast(self.precision, self.world.device):
-                found = self._log_probabilities(model, batch["images"])
+                found = self.log_probabilities(model, batch["images"])
+            if tap is not None:
+                tap(batch, found)
             rows.append(judge(found, batch["labels"], batch["ids"]).table())
         judged = Judged.of_table(self.world.gather(torch.cat(rows)))
         if not bool(judged.loss.isfinite().all()):
@@ -64,7 +72,7 @@ class Scorer:
             )  # fmt: skip
         return judged
 
-    def _log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
+    def log_probabilities(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return (B, classes); several views (B, V, C, H, W) of an image give the mean of their probabilities."""
         views = list(images.unbind(1)) if images.ndim == 5 else [images]
         views += [view.flip(-1) for view in views] if self.mirror else []
@@ -119,14 +127,18 @@ def scorer(
     return Scorer(loader, here, precision, name, mirror=tta in ("flip", "10-crop"))
 
 
-def final_scores(model: nn.Module, score: Scorer, run: Path, settings: Finetune, timing: Schedule) -> list[Scored]:
+def final_scores(
+    model: nn.Module, score: Scorer, run: Path, settings: Finetune, timing: Schedule, tap: Tap | None = None
+) -> list[Scored]:
     """Judge the images to score on by the chosen weights, then by the chosen average where there is one.
 
-    The weights come from the disk, where the loop has put them: what is scored is what a user loads.
+    The weights come from the disk, where the loop has put them: what is scored is what a user loads. `tap` is shown
+    what the last of them say, which the report is about.
     """
     model.eval()
     found = []
-    for prefix in FOLDERS if settings.ema else ("",):
+    prefixes = list(FOLDERS) if settings.ema else [""]
+    for prefix in prefixes:
         last = settings.select == "last"
         saved = newest(run / "checkpoints" if last else run / FOLDERS[prefix])
         assert saved is not None
@@ -136,5 +148,5 @@ def final_scores(model: nn.Module, score: Scorer, run: Path, settings: Finetune,
         if not last:
             epoch, of = (f"{step / timing.steps_per_epoch:.4g}" for step in (saved.step, timing.total))
             told = f"epoch {epoch} of {of}, the best on held-out training images ({saved.state['score']:.4f})"
-        found.append(Scored(prefix, told, score.judged(model)))
+        found.append(Scored(prefix, told, score.judged(model, tap if prefix == prefixes[-1] else None)))
     return found

@@ -113,7 +113,8 @@ class Signals:
 
     KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, told: str = "finishing the step, then saving") -> None:
+        self.told = told
         self.received: str | None = None
         self.previous: dict[signal.Signals, Any] = {}
 
@@ -128,7 +129,7 @@ class Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is None:
-            log.info("%s: finishing the step, then saving", signal.Signals(number).name)
+            log.info("%s: %s", signal.Signals(number).name, self.told)
         self.received = signal.Signals(number).name
 
 
