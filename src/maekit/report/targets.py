@@ -226,7 +226,7 @@ def _wrong_tags(
     captions = []
     for row, tag in found:
         has, sure = bool(answers.truth[row, tag] > 0.5), float(answers.said[row, tag].sigmoid())
-        captions.append(f"{names[tag]} {sure:.2f}, {'is' if has else 'is not'}")
+        captions.append(f"{names[tag]} {sure:.2f}, {'has it' if has else 'has it not'}")
     chosen = source.subset([int(answers.index[row]) for row, _ in found])
     told = "What probability was given to a label, and whether the image has it: wrong labels, too, are found here."
     return _pictures("Most confident mistakes", run / "mistakes.png", chosen, view, channels, captions, told)
