@@ -142,7 +142,7 @@ class Place(Settings):
     )
     image_column: str | None = setting(None, "parquet column with the image bytes; default: found by content")
     label_column: str | None = setting(
-        None, "parquet column with the label; default: label, labels, class, target, ..."
+        None, "list or parquet column with the label; default: label, labels, class, target, ..."
     )
 
 
@@ -277,7 +277,25 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
+    unless_said: ClassVar[dict[str, dict[str, Any]]] = {
+        "multilabel": {"loss": "bce", "label_smoothing": 0.0},
+        "regression": {"loss": "mse", "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0},
+    }
+    """Defaults that a task brings along in the place of those for classes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_task(cls, values: Any) -> Any:
+        more = cls.unless_said.get(str(values.get("task")), {}) if isinstance(values, dict) else {}
+        return {**more, **values} if more else values
+
     run: Path | None = setting(None, "run folder or weights to start from", resume="free")
+    task: Literal["classes", "multilabel", "regression"] = setting(
+        "classes",
+        "of --label-column: classes: one an image; multilabel: names at a separator, or columns of 0 and 1; "
+        "regression: numbers, several as x,y",
+    )
+    label_separator: str = setting("|", "multilabel: what stands between the names in one cell, as cat|dog")
     model: str | None = setting(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, "any plain timm VisionTransformer; default: that of RUN; from scratch without a RUN: vit_base_patch16_224"
     )
@@ -294,16 +312,22 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
     betas: tuple[Beta, Beta] = setting((0.9, 0.999), "AdamW betas (T9)")
     layer_decay: float = setting(0.65, "learning rate factor per block downwards (OFF, ViT-B; T9: .75)", gt=0, le=1)
     drop_path: float = setting(0.1, "stochastic depth, rising linearly over the blocks (T9, ViT-B)", ge=0, lt=1)
-    label_smoothing: float = setting(0.1, "label smoothing (T9)", ge=0, lt=1)
-    mixup: float = setting(0.8, "mixup alpha; 0: off (T9)", ge=0)
+    label_smoothing: float = setting(
+        0.1, "label smoothing (T9); multilabel: 0 where nothing is said, else towards 1/2; regression: none", ge=0, lt=1
+    )
+    mixup: float = setting(0.8, "mixup alpha; 0: off (T9); regression: off, as cutmix", ge=0)
     cutmix: float = setting(1.0, "cutmix alpha; 0: off (T9)", ge=0)
     mixup_prob: float = setting(1.0, "share of batches that are mixed at all (OFF)", gt=0, le=1)
     mixup_switch: float = setting(0.5, "share of mixed batches that take cutmix where both are on (OFF)", ge=0, le=1)
-    loss: Literal["cross-entropy", "bce"] = setting(
-        "cross-entropy", "against soft targets where images are mixed; bce: binary, class by class (arXiv 2110.00476)"
+    loss: Literal["cross-entropy", "bce", "mse", "huber"] = setting(
+        "cross-entropy",
+        "against soft targets where images are mixed; bce: binary, class by class (arXiv 2110.00476), always so of "
+        "multilabel; regression: mse (default), or huber, linear beyond one standard deviation",
     )
     class_weights: Literal["balanced"] | None = setting(
-        None, "balanced: a class of few images weighs more, n / (classes * images of it); default: all images the same"
+        None,
+        "balanced: a class of few images weighs more, n / (classes * images of it); multilabel: images with a tag as "
+        "much as those without; default: all images the same",
     )
     auto_augment: str | None = setting(
         "rand-m9-mstd0.5-inc1", "timm's RandAugment string, or tensor-m9-n2: torchvision's, on tensors; none: off (T9)"

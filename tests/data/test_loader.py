@@ -203,7 +203,7 @@ def test_pictures_and_float_arrays_in_one_batch_mean_the_same_values() -> None:
 class Broken:
     """Images of which some cannot be read."""
 
-    labels = None
+    labels = targets = None
 
     def __init__(self, count: int, bad: set[int]) -> None:
         self.ids, self.bad = [f"{i}.png" for i in range(count)], bad

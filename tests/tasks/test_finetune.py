@@ -20,7 +20,7 @@ from maekit.model.heads import classifier
 from maekit.model.mae import create_model
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
-from maekit.tasks.finetune import supervised_step
+from maekit.tasks.goals import supervised_step
 from maekit.train import checkpoint
 
 Run = Callable[..., Any]
@@ -424,7 +424,7 @@ def test_views_at_the_score_are_averaged_as_probabilities(
     from maekit.tasks.scoring import scorer
     from maekit.train.device import World
 
-    model, names, spec = load_classifier(whole[0])
+    model, names, spec, _ = load_classifier(whole[0])
     val = open_source(classes, "val", classes=names).subset(range(0, 100, 9))
     mean, std = tuple(spec["mean"]), tuple(spec["std"])
     here = World(0, 1, torch.device("cpu"))
@@ -452,7 +452,7 @@ def test_three_processes_score_each_image_once_and_as_one_does(
     words = flags({**settings, "select": "held-out", "nproc": 3, "batch_size": 9, "layer_decay": 0.75})
     done = maekit("finetune", base["run"], *words, "--json")
     assert done.code == 0, done.stderr
-    model, names, spec = load_classifier(tmp_path / "run")
+    model, names, spec, _ = load_classifier(tmp_path / "run")
     here, val = World(0, 1, torch.device("cpu")), open_source(classes, "val", classes=names)
     judged = scorer(val, (28, 28), tuple(spec["mean"]), tuple(spec["std"]), here, workers=0).judged(model)
     assert len(judged.labels) == 100

@@ -9,7 +9,7 @@ from timm.data.mixup import Mixup
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from torch.nn import functional as F
 
-from maekit.train.losses import balanced_weights, soft_targets, supervised_loss
+from maekit.train.losses import balanced_weights, number_loss, soft_targets, supervised_loss, tag_loss, tag_weights
 
 
 @settings(deadline=None, max_examples=30)
@@ -61,3 +61,28 @@ def test_a_weighted_loss_by_hand() -> None:
     loss = supervised_loss(logits, soft_targets(torch.tensor([0, 1]), 2, 0.0), kind="cross-entropy",
                            weights=torch.tensor([2.0, 4.0]))  # fmt: skip
     assert float(loss) == pytest.approx((2 + 4) / 2 * 0.693147, rel=1e-5)
+
+
+def test_the_loss_of_tags_is_binary_cross_entropy_smoothed_towards_one_half() -> None:
+    logits, tags = torch.randn(6, 3), torch.randint(0, 2, (6, 3)).float()
+    probability, soft = logits.sigmoid(), tags * 0.9 + 0.05
+    by_hand = -(soft * probability.log() + (1 - soft) * (1 - probability).log()).mean()
+    torch.testing.assert_close(tag_loss(logits, tags, smoothing=0.1), by_hand)
+    torch.testing.assert_close(tag_loss(logits, tags), F.binary_cross_entropy(probability, tags))
+
+
+def test_images_with_a_tag_weigh_as_much_as_those_without() -> None:
+    tags = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]).float()
+    weights = tag_weights(tags)
+    assert weights.tolist() == [3.0, 1.0, 0.0]
+    one = tag_loss(torch.zeros(4, 1), tags[:, :1], weights=weights[:1]) * 4 / F.softplus(torch.zeros(())).item()
+    torch.testing.assert_close(one, torch.tensor(6.0))
+
+
+def test_the_loss_of_numbers_is_torchs() -> None:
+    said, true = torch.randn(6, 3) * 3, torch.randn(6, 3)
+    torch.testing.assert_close(number_loss(said, true, kind="mse"), (said - true).square().mean())
+    gap = (said - true).abs()
+    torch.testing.assert_close(
+        number_loss(said, true, kind="huber"), torch.where(gap < 1, gap.square() / 2, gap - 0.5).mean()
+    )

@@ -5,6 +5,8 @@ path ends with the last image suffix of the line, so names with blanks work. UTF
 mark; any line ends. Whatever is doubtful is refused with its line number: a list is written by a program, and a
 line skipped in silence is a class lost in silence.
 
+Tags and numbers (`maekit.data.targets`) may stand in several columns, which a header names then.
+
 Lists of data sets that are published with paths from somewhere else are read where the list lies beside the folder they
 start from (Places365: ``/a/airfield/00000001.jpg 0``, beside ``data_256``), and so are those of Oxford-IIIT Pet.
 """
@@ -20,6 +22,7 @@ from maekit.data.annotations import open_pets
 from maekit.data.image import SUFFIXES
 from maekit.data.parquet import LABEL_COLUMNS
 from maekit.data.source import FileSource, in_order, number, read_regular_file
+from maekit.data.targets import Form, columns_of, read_targets
 from maekit.errors import MaekitError
 
 SUFFIX = (".txt", ".csv", ".tsv")
@@ -28,8 +31,8 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
 
 _TXT_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}))(?:\s*[,\t ]\s*(.*))?", re.IGNORECASE)
 
-Line = tuple[int, str, str]
-"""Line number, path, label ("" when there is none)."""
+Line = tuple[int, str, tuple[str, ...]]
+"""Line number, path, cells of the columns with the label ("" where there is none)."""
 
 
 def open_list(
@@ -39,30 +42,43 @@ def open_list(
     image_column: str | None = None,
     label_column: str | None = None,
     classes: list[str] | None = None,
+    form: Form | None = None,
 ) -> FileSource:
     """Open a list file; see `maekit.data.sources.open_source`.
 
     Raises:
-        MaekitError: E-DATA-LIST with the line; E-DATA-COLUMN, E-DATA-EMPTY, E-DATA-CLASSES.
+        MaekitError: E-DATA-LIST with the line; E-DATA-COLUMN, E-DATA-EMPTY, E-DATA-CLASSES, E-DATA-TARGETS.
     """
     try:
         text = read_regular_file(str(path)).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MaekitError("E-DATA-LIST", f"cannot read {path}", found=error, expected="a list in UTF-8") from error
-    if path.suffix.lower() == ".txt" and (pets := open_pets(path, text, name, classes=classes)) is not None:
+    is_txt = path.suffix.lower() == ".txt"
+    if is_txt and form is None and (pets := open_pets(path, text, name, classes=classes)) is not None:
         return pets
-    lines = list(_txt(text, path) if path.suffix.lower() == ".txt" else _csv(text, path, image_column, label_column))
+    if is_txt and form is not None and label_column is not None:
+        raise MaekitError("E-DATA-COLUMN", "setting label_column", found=f"{path}, which has no header",
+                          expected="a .csv, .tsv or .parquet file")  # fmt: skip
+    columns, lines = (
+        (["label"], list(_txt(text, path))) if is_txt else _csv(text, path, image_column, label_column, form)
+    )
     if not lines:
         raise MaekitError("E-DATA-EMPTY", f"{path} lists no images")
     root, lines = _root(lines, path)
-    _check(lines, path, root)
+    _check(lines, path, root, needs_label=form is None)
     lines.sort(key=lambda line: line[1])
-    labels = known = None
-    if lines[0][2]:
-        names = [label for _, _, label in lines]
+    labels = known = targets = None
+    if form is not None:
+        cells = [found for *_, found in lines]
+        targets = read_targets(
+            form, columns, cells, lambda at: f"{path} line {lines[at][0]}", known=classes, what=name
+        )  # fmt: skip
+    elif lines[0][2][0]:
+        names = [label for _, _, (label,) in lines]
         labels, known = number(names, in_order(names), classes, name)
     paths = [where for _, where, _ in lines]
-    return FileSource(name, [PurePath(where).as_posix() for where in paths], paths, labels, known, str(root))
+    ids = [PurePath(where).as_posix() for where in paths]
+    return FileSource(name, ids, paths, labels, known, str(root), targets=targets)
 
 
 def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> MaekitError:
@@ -77,39 +93,51 @@ def _txt(text: str, path: Path) -> Iterator[Line]:
         match = _TXT_LINE.fullmatch(line.strip())
         if match is None:
             raise _refuse(path, at, repr(line), "an image's path, then its label if it has one")
-        yield at, os.path.normpath(match[1]), (match[2] or "").strip()
+        yield at, os.path.normpath(match[1]), ((match[2] or "").strip(),)
 
 
-def _csv(text: str, path: Path, image_column: str | None, label_column: str | None) -> Iterator[Line]:
-    """Yield the lines of a .csv or .tsv, with or without a header."""
+def _csv(
+    text: str, path: Path, image_column: str | None, label_column: str | None, form: Form | None
+) -> tuple[list[str], list[Line]]:
+    """Return the names of the label columns and the lines of a .csv or .tsv, with or without a header."""
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
     )
-    where, what = 0, 1
+    where, labels, lines = 0, {"label": 1}, list[Line]()
     try:
         for cells in reader:
-            if reader.line_num == 1 and (header := _header(cells, path, image_column, label_column)) is not None:
-                where, what = header
+            if reader.line_num == 1 and (header := _header(cells, path, image_column, label_column, form)) is not None:
+                where, labels = header
                 continue
             if any(cell.strip() for cell in cells):
-                yield reader.line_num, _path_cell(cells, where, path, reader.line_num), _cell(cells, what)
+                found = tuple(_cell(cells, place) for place in labels.values())
+                lines.append((reader.line_num, _path_cell(cells, where, path, reader.line_num), found or ("",)))
     except csv.Error as error:
         raise _refuse(path, reader.line_num, str(error), "comma or tab separated values") from error
+    return list(labels), lines
 
 
-def _header(cells: list[str], path: Path, image_column: str | None, label_column: str | None) -> tuple[int, int] | None:
-    """Return the places of path and label if this is a header; -1 when there is no label column."""
+def _header(
+    cells: list[str], path: Path, image_column: str | None, label_column: str | None, form: Form | None
+) -> tuple[int, dict[str, int]] | None:
+    """Return the places of path and labels, these by the columns' names, if this is a header.
+
+    Only of tags and numbers there may be several label columns, and none is refused.
+    """
     words = [cell.strip().lower() for cell in cells]
     image = [image_column.lower()] if image_column else PATH_COLUMNS
     where = next((words.index(word) for word in image if word in words), None)
-    label = [label_column.lower()] if label_column else LABEL_COLUMNS
-    what = next((words.index(word) for word in label if word in words), None)
-    missing = [asked for asked, at in ((image_column, where), (label_column, what)) if asked and at is None]
-    if missing:
-        raise MaekitError(
-            "E-DATA-COLUMN", f"header of {path}", found=", ".join(cells), expected=f"column {missing[0]!r}"
-        )
-    return None if where is None else (where, -1 if what is None else what)
+    asked = [label_column] if label_column and form is None else columns_of(label_column, cells) or []
+    labels = [name.lower() for name in asked] or [next((word for word in LABEL_COLUMNS if word in words), "")]
+    missing = [name for name in asked if name.lower() not in words]
+    missing = [image_column] if image_column and where is None else missing
+    if missing or (form is not None and where is not None and labels == [""]):
+        hint = None if missing else "--label-column NAME"
+        expected = f"column {missing[0]!r}" if missing else f"a column called {', '.join(LABEL_COLUMNS)}"
+        raise MaekitError("E-DATA-COLUMN", f"header of {path}", found=", ".join(cells), expected=expected, hint=hint)
+    if where is None:
+        return None
+    return where, {cells[words.index(name)].strip(): words.index(name) for name in labels if name}
 
 
 def _cell(cells: list[str], at: int) -> str:
@@ -141,18 +169,18 @@ def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
         raise _refuse(path, at, f"{inside} in {names}", "the image in one folder beside the list")
     if not found:
         return here, lines
-    return found[0], [(number_, where.lstrip("/\\"), label) for number_, where, label in lines]
+    return found[0], [(number_, where.lstrip("/\\"), labels) for number_, where, labels in lines]
 
 
-def _check(lines: Iterable[Line], path: Path, root: Path) -> None:
+def _check(lines: Iterable[Line], path: Path, root: Path, *, needs_label: bool) -> None:
     """Refuse lines twice there, lines without a label beside lines with one, and files that do not exist."""
     first: dict[str, int] = {}
-    labelled = any(label for _, _, label in lines)
-    for at, where, label in lines:
+    labelled = needs_label and any(labels[0] for *_, labels in lines)
+    for at, where, labels in lines:
         if where in first:
             raise _refuse(path, at, f"{where} again", f"each image once (line {first[where]})")
         first[where] = at
-        if labelled and not label:
+        if labelled and not labels[0]:
             raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
         if "\0" in where or not os.path.lexists(root / where):
             raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")

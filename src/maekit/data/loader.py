@@ -80,7 +80,10 @@ class Samples(Dataset[dict[str, Any]]):
         seed_cpu(self.seed, epoch, key[1])
         noise = torch.rand(self.num_noise)  # first, so that no augmentation setting moves the mask
         label = -1 if self.source.labels is None else self.source.labels[index]
-        return {"images": self.view(image), "labels": label, "ids": index, "noise": noise, "bad": bad}
+        item = {"images": self.view(image), "labels": label, "ids": index, "noise": noise, "bad": bad}
+        if self.source.targets is not None:
+            item["targets"] = torch.from_numpy(self.source.targets.values[index]).float()
+        return item
 
     def _read(self, index: int) -> tuple[Tensor, int, list[tuple[int, str]]]:
         bad: list[tuple[int, str]] = []
@@ -321,7 +324,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "images": torch.stack(images),
         "labels": torch.tensor([item["labels"] for item in items]),
         "ids": torch.tensor([item["ids"] for item in items]),
-        "noise": torch.stack([item["noise"] for item in items]),
+        **{name: torch.stack([item[name] for item in items]) for name in ("noise", "targets") if name in items[0]},
         "bad": [entry for item in items for entry in item["bad"]],
     }
 

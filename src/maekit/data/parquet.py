@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as kind_of
 
 from maekit.data.image import sniff
-from maekit.data.source import Source, changed, in_order, number
+from maekit.data.source import Source, Targets, changed, in_order, number
+from maekit.data.targets import Form, columns_of, read_targets
 from maekit.errors import MaekitError
 
 CACHE_BYTES = 2**29
@@ -131,23 +132,28 @@ def open_parquet(
     image_column: str | None = None,
     label_column: str | None = None,
     classes: list[str] | None = None,
+    form: Form | None = None,
 ) -> ParquetSource:
     """Open parquet files, in the order given, as one source; see `maekit.data.sources.open_source`.
 
     Raises:
-        MaekitError: E-DATA-PATH, E-DATA-COLUMN, E-DATA-EMPTY, E-DATA-LABELS, E-DATA-CLASSES.
+        MaekitError: E-DATA-PATH, E-DATA-COLUMN, E-DATA-EMPTY, E-DATA-LABELS, E-DATA-CLASSES, E-DATA-TARGETS.
     """
     schema, groups = _layout(paths)
     if not groups:
         raise MaekitError("E-DATA-EMPTY", f"{name} holds no images", found="no rows")
     column = _image_column(schema, groups[0], image_column, name)
     _warn_of_large_groups(groups, name)
-    labels, known = _labels(paths, schema, label_column, classes, name)
+    labels = known = targets = None
+    if form is not None:
+        targets = _targets(paths, schema, label_column, classes, name, form)
+    else:
+        labels, known = _labels(paths, schema, label_column, classes, name)
     rows = Counter[str]()
     for group in groups:
         rows[group.path] += group.num_rows
     ids = [f"{path.name}:{row}" for path in paths for row in range(rows[str(path)])]
-    return ParquetSource(name, ids, list(range(len(ids))), labels, known, tuple(groups), column)
+    return ParquetSource(name, ids, list(range(len(ids))), labels, known, tuple(groups), column, targets=targets)
 
 
 def _layout(paths: Sequence[Path]) -> tuple[pa.Schema, list[RowGroup]]:
@@ -221,10 +227,7 @@ def _labels(
     if column is None:
         return None, None
     beside = f"{column}_name" if f"{column}_name" in schema.names else None
-    try:
-        table = pa.concat_tables([pq.read_table(p, columns=[column, *filter(None, [beside])]) for p in paths])
-    except (OSError, pa.ArrowException) as error:
-        raise MaekitError("E-DATA-COLUMN", f"cannot read the labels of {name}", found=error) from error
+    table = _read(paths, [column, *filter(None, [beside])], name)
     values = table.column(column).to_pylist()
     if None in values:
         raise MaekitError("E-DATA-LABELS", f"{name} row {values.index(None)}, column {column!r}", found="no label")
@@ -239,6 +242,40 @@ def _labels(
         return number(names, spelled, classes, name)
     names = [str(value) for value in values]
     return number(names, in_order(names), classes, name)
+
+
+def _read(paths: Sequence[Path], columns: list[str], name: str) -> pa.Table:
+    try:
+        return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    except (OSError, pa.ArrowException) as error:
+        raise MaekitError("E-DATA-COLUMN", f"cannot read the labels of {name}", found=error) from error
+
+
+def _targets(
+    paths: Sequence[Path], schema: pa.Schema, asked: str | None, known: list[str] | None, name: str, form: Form
+) -> Targets:
+    """Return tags or numbers of each row."""
+    columns = columns_of(asked, schema.names) or [next((one for one in LABEL_COLUMNS if one in schema.names), "")]
+    found = ", ".join(f"{item.name} ({item.type})" for item in schema)
+    if missing := [column for column in columns if column not in schema.names]:
+        expected = f"column {missing[0]!r}" if missing[0] else f"a column called {', '.join(LABEL_COLUMNS)}"
+        raise MaekitError("E-DATA-COLUMN", f"labels of {name}", found=found, expected=expected,
+                          hint="--label-column NAME")  # fmt: skip
+    spelled = _huggingface_names(schema, columns[0])
+    if form.kind == "regression" and (spelled or f"{columns[0]}_name" in schema.names) and asked is None:
+        raise MaekitError("E-DATA-TARGETS", f"column {columns[0]!r} of {name}", found="classes, which have names",
+                          expected="numbers", hint="--label-column NAME, or no --task")  # fmt: skip
+    table = _read(paths, columns, name)
+    cells = list(zip(*(table.column(column).to_pylist() for column in columns), strict=True))
+    if spelled and form.kind == "multilabel" and len(columns) == 1:
+        cells = [(_all_spelled(row[0], spelled, f"{name} row {at}"),) for at, row in enumerate(cells)]
+        known = known or spelled
+    return read_targets(form, columns, cells, lambda at: f"{name} row {at}", known=known, what=name)
+
+
+def _all_spelled(values: Any, names: list[str], where: str) -> Any:
+    values = values if isinstance(values, list) or values is None else [values]
+    return None if values is None else [_spelled(value, names, where) for value in values]
 
 
 def _label_column(schema: pa.Schema, asked: str | None, name: str) -> str | None:
@@ -256,11 +293,12 @@ def _is_label(kind: pa.DataType) -> bool:
 
 
 def _huggingface_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the names of a ClassLabel column, which Hugging Face's datasets keep in the file's metadata."""
+    """Return the names of a ClassLabel column or of a list of them, which Hugging Face's datasets keep in the file."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
         names = [str(name) for name in feature["names"]]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RecursionError):
         return None
     return names if len(set(names)) == len(names) else None
 

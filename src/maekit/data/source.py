@@ -28,6 +28,19 @@ MAX_FILE_BYTES = 2**29
 
 
 @dataclass(frozen=True, eq=False)
+class Targets:
+    """Several values for each of n images, in place of one class.
+
+    Attributes:
+        names: K of them: tags, or what is measured.
+        values: (n, K): 0 and 1 for each tag, or numbers in the user's units, double.
+    """
+
+    names: list[str]
+    values: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Source(ABC):
     """Images by index.
 
@@ -37,6 +50,7 @@ class Source(ABC):
         keys: what `read` needs to find each image; private to the form.
         labels: index into `classes` of each image, None when there are no labels.
         classes: class names by label.
+        targets: tags or numbers of each image, where those were asked for; `labels` is None then.
     """
 
     name: str
@@ -44,6 +58,7 @@ class Source(ABC):
     keys: list[Any] = field(repr=False)
     labels: list[int] | None = field(default=None, repr=False)
     classes: list[str] | None = None
+    targets: Targets | None = field(default=None, repr=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,10 +76,13 @@ class Source(ABC):
         """Return the sizes in bytes that the fingerprint covers."""
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over count, ids and sizes: it changes when images come, go or change size."""
+        """Return a SHA-256 over count, ids and sizes: it changes when images come, go or change size; over targets."""
         digest = hashlib.sha256(str(len(self)).encode())
         for part in (*self.ids, *map(str, self.sizes())):
             digest.update(b"\0" + part.encode())
+        if self.targets is not None:
+            digest.update("\0".join(["", *self.targets.names]).encode())
+            digest.update(np.ascontiguousarray(self.targets.values, dtype="<f8").tobytes())
         return digest.hexdigest()
 
     def stamps(self) -> Iterable[str] | None:
@@ -77,7 +95,17 @@ class Source(ABC):
         for name in ("ids", "keys", "labels"):
             values = getattr(self, name)
             object.__setattr__(chosen, name, None if values is None else [values[i] for i in indices])
-        return chosen
+        if self.targets is None:
+            return chosen
+        return chosen.with_targets(Targets(self.targets.names, self.targets.values[np.asarray(indices, dtype=int)]))
+
+    def with_targets(self, targets: Targets) -> Self:
+        """Return the same images with these targets in place of labels."""
+        assert len(targets.values) == len(self) and targets.values.shape[1:] == (len(targets.names),)
+        changed = copy.copy(self)
+        for name, value in (("targets", targets), ("labels", None), ("classes", None)):
+            object.__setattr__(changed, name, value)
+        return changed
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,12 @@ from maekit.data.image import SUFFIXES
 from maekit.data.lists import SUFFIX as LIST_SUFFIX
 from maekit.data.lists import open_list
 from maekit.data.parquet import ParquetSource, has_images, open_parquet
-from maekit.data.source import DatasetSource, FileSource, Source, number
+from maekit.data.source import DatasetSource, FileSource, Source, Targets, number
+from maekit.data.targets import Form
 from maekit.errors import MaekitError
 
 __all__ = [
-    "DatasetSource", "FileSource", "ParquetSource", "Source", "Split",
+    "DatasetSource", "FileSource", "Form", "ParquetSource", "Source", "Split", "Targets",
     "hold_out", "label_subset", "open_source", "other_files", "parts_of",
 ]  # fmt: skip
 
@@ -46,6 +47,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     classes: list[str] | None = None,
+    form: Form | None = None,
 ) -> Source:
     """Open a folder, a list file, a JSON file of annotations, parquet files or a folder of them, ``builtin:fashion``.
 
@@ -57,11 +59,14 @@ def open_source(
         image_column: parquet or list column with the image; found by content or name when None.
         label_column: column with the label; one of `parquet.LABEL_COLUMNS` when None.
         classes: class names of another source: labels are numbered like there, unknown names are refused.
+        form: read tags or numbers in place of one class; `label_column` may then name several, ``x,y``, and `classes`
+            are the tags of another source.
 
     Raises:
-        MaekitError: E-DATA-PATH, E-DATA-EMPTY, E-DATA-LIST, E-DATA-COLUMN, E-DATA-LABELS, E-DATA-CLASSES.
+        MaekitError: E-DATA-PATH, E-DATA-EMPTY, E-DATA-LIST, E-DATA-COLUMN, E-DATA-LABELS, E-DATA-CLASSES,
+            E-DATA-TARGETS.
     """
-    opener = _Opener(str(path), image_column, label_column)
+    opener = _Opener(str(path), image_column, label_column, form)
     place = _place(path)
     parts = parts_of(path)
     if split is None or not parts:
@@ -74,7 +79,7 @@ def open_source(
     if split in ("train-or-all", "val-or-all") or classes is not None:
         return opener.open(parts[part], classes)
     train = opener.open(parts["train"], None)
-    val = opener.open(parts["val"], train.classes)
+    val = opener.open(parts["val"], train.classes if train.targets is None else train.targets.names)
     _check_same_classes(train, val)
     return val if part == "val" else train
 
@@ -138,8 +143,8 @@ def _place(path: str | Path) -> Path:
 class _Opener:
     """Opens parts of one data set with the same name and columns."""
 
-    def __init__(self, name: str, image_column: str | None, label_column: str | None) -> None:
-        self.name = name
+    def __init__(self, name: str, image_column: str | None, label_column: str | None, form: Form | None) -> None:
+        self.name, self.form = name, form
         self.columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
 
     def open(self, places: list[Path], classes: list[str] | None, depth: int = 0) -> Source:
@@ -149,14 +154,16 @@ class _Opener:
             places = [file for file in _parquets(place) if has_images(file)]
             if not places:
                 self._no_columns(place)
+                self._no_targets(place, "a folder of images")
                 return open_folder(place, self.name, classes, depth)
         if places[0].suffix.lower() == ".parquet":
-            return open_parquet(places, self.name, classes=classes, **self.columns)
+            return open_parquet(places, self.name, classes=classes, form=self.form, **self.columns)
         if place.suffix.lower() == ".json":
             self._no_columns(place)
+            self._no_targets(place, "annotations of one class an image")
             return open_annotations(place, self.name, classes=classes)
         if place.suffix.lower() in LIST_SUFFIX:
-            return open_list(place, self.name, classes=classes, **self.columns)
+            return open_list(place, self.name, classes=classes, form=self.form, **self.columns)
         expected = "a folder, a list file (.txt, .csv, .tsv), a .json of annotations or a .parquet file"
         raise MaekitError("E-DATA-PATH", f"cannot use {place}", found="a file of another kind", expected=expected)
 
@@ -167,6 +174,13 @@ class _Opener:
                     "E-DATA-COLUMN", f"setting {setting}", found=f"{place}, which has no columns",
                     expected="a list or parquet file", hint=f"no --{setting.replace('_', '-')}",
                 )  # fmt: skip
+
+    def _no_targets(self, place: Path, found: str) -> None:
+        if self.form is not None:
+            raise MaekitError(
+                "E-DATA-TARGETS", f"{place} for --task {self.form.kind}", found=found,
+                expected="a .csv or .tsv with a header, or parquet: a column of tags or of numbers",
+            )  # fmt: skip
 
 
 def open_folder(folder: Path, name: str, classes: list[str] | None = None, depth: int = 0) -> FileSource:
@@ -304,10 +318,13 @@ def label_subset(source: Source, spec: str | None, seed: int = 0) -> list[int]:
     Raises:
         MaekitError: E-DATA-LABELS without labels or with too few, E-USAGE-LABELS for another spec.
     """
-    if source.labels is None:
+    if source.labels is None and source.targets is None:
         raise MaekitError("E-DATA-LABELS", f"{source.name} has no labels", expected="class folders or a label column")
     if spec is None:
         return list(range(len(source)))
+    if source.targets is not None:
+        return _part_of_all(source, spec, seed)
+    assert source.labels is not None
     queues = [
         sorted(members, key=lambda i: (_hash(f"{seed}:{source.ids[i]}"), i))
         for _, members in sorted(_by_class(source).items())
@@ -321,6 +338,15 @@ def label_subset(source: Source, spec: str | None, seed: int = 0) -> list[int]:
                 expected=f"{count} for --labels {spec}",
             )  # fmt: skip
     return sorted(i for queue, count in zip(queues, counts, strict=True) for i in queue[:count])
+
+
+def _part_of_all(source: Source, spec: str, seed: int) -> list[int]:
+    """Return a part of images that have tags or numbers, by the same hash."""
+    if spec.strip().endswith("/class"):
+        raise MaekitError("E-USAGE-LABELS", "setting labels", found=f"{spec} of images that have no one class",
+                          expected="1%, 100% or a count")  # fmt: skip
+    count = _counts(spec, [len(source)])[0]
+    return sorted(sorted(range(len(source)), key=lambda i: (_hash(f"{seed}:{source.ids[i]}"), i))[:count])
 
 
 def _counts(spec: str, sizes: list[int]) -> list[int]:

@@ -73,7 +73,7 @@ def complete(file: File, layout: str, found: Tensors, rows: list[Row], hints: Hi
     classes = said.classes(len(tensors["head.weight"]) if kind == "classifier" else 0)
     return Reading(
         file.path, file.container, layout, kind, spec, tensors, classes, pool, [*rows, *made], said.notes,
-        file.facts, file.beside,
+        file.facts, file.beside, said.task() if kind == "classifier" else "classes",
     )  # fmt: skip
 
 

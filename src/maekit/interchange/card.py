@@ -148,8 +148,13 @@ def _last_part(name: str, value: Any) -> Any:
     return path.name or "a folder" if name == "data" or path.is_absolute() or value[:1] in ("~", ".") else value
 
 
+OUTPUTS = {"classes": "classes", "multilabel": "labels, each a sigmoid's", "regression": "numbers"}
+"""What the outputs of a head are, by task."""
+
+
 def _title(reading: Reading) -> str:
-    kinds = {"mae": "masked autoencoder", "encoder": "encoder of a masked autoencoder", "classifier": "classifier"}
+    of = {"classes": "classifier", "multilabel": "classifier, several labels an image", "regression": "regression"}
+    kinds = {"mae": "masked autoencoder", "encoder": "encoder of a masked autoencoder", "classifier": of[reading.task]}
     return f"{reading.spec['name']}: {kinds[reading.kind]}"
 
 
@@ -169,7 +174,7 @@ def _what(reading: Reading) -> str:
     if reading.kind == "classifier":
         names = ", ".join(clean(name, 40) for name in reading.classes[:20]) or "without names"
         more = ", ..." if len(reading.classes) > 20 else ""
-        facts |= {"classes": f"{reading.num_classes()}: {names}{more}", "pooling": str(reading.pool)}
+        facts |= {OUTPUTS[reading.task]: f"{reading.num_classes()}: {names}{more}", "pooling": str(reading.pool)}
     return _table(facts)
 
 

@@ -76,6 +76,7 @@ def export_onnx(
     mask_ratio: float = 0.75,
     spec: dict[str, Any] | None = None,
     classes: Sequence[str] | None = None,
+    task: str = "classes",
 ) -> Exported:
     """Write an ONNX file (opset 18, float32) of any batch size, proved with onnxruntime on the CPU.
 
@@ -97,6 +98,7 @@ def export_onnx(
         mask_ratio: of an autoencoder, fixed in the file.
         spec: of the autoencoder that a classifier came from.
         classes: names of a classifier's outputs.
+        task: what they are, as `load_classifier` says; of "regression" the output is called ``numbers``.
 
     Raises:
         MaekitError: E-ENV-IMPORT without the packages of ``maekit[export]``; E-CONFIG-EXPORT for what cannot be
@@ -105,7 +107,7 @@ def export_onnx(
             of them no new file is on the disk.
     """
     _require_onnx()
-    graph = graph_of(model, what, pool, dynamic_size, mask_ratio, spec, classes)
+    graph = graph_of(model, what, pool, dynamic_size, mask_ratio, spec, classes, task)
     return _export(graph, Path(path), _save_onnx, _onnx_runner)
 
 
@@ -119,6 +121,7 @@ def export_pt2(
     mask_ratio: float = 0.75,
     spec: dict[str, Any] | None = None,
     classes: Sequence[str] | None = None,
+    task: str = "classes",
 ) -> Exported:
     """Write a pt2 file (``torch.export.save``) of any batch size, proved after reading it again.
 
@@ -128,7 +131,7 @@ def export_pt2(
     Raises:
         MaekitError: as `export_onnx`, without E-ENV-IMPORT.
     """
-    graph = graph_of(model, what, pool, dynamic_size, mask_ratio, spec, classes)
+    graph = graph_of(model, what, pool, dynamic_size, mask_ratio, spec, classes, task)
     return _export(graph, Path(path), _save_pt2, _pt2_runner)
 
 

@@ -118,14 +118,17 @@ def graph_of(
     mask_ratio: float,
     spec: dict[str, Any] | None,
     classes: Sequence[str] | None,
+    task: str,
 ) -> Graph:
     """Make a model ready to be recorded; arguments and errors are those of `export_onnx`."""
     _check(model, what, dynamic_size, spec, classes)
     model = _ready(model)
     inputs, outputs = ("images",), ("features",)
     if isinstance(model, VisionTransformer):
-        what, outputs, encoder, module = "classifier", ("logits",), model, _Features(model, None)
+        what, encoder, module = "classifier", model, _Features(model, None)
+        outputs = ("numbers",) if task == "regression" else ("logits",)
         facts = {"pool": "mean" if model.global_pool == "avg" else "cls", "classes": list(classes or [])}
+        facts |= {} if task == "classes" else {"task": task}
     elif what == "encoder":
         check_pool(model.encoder, pool, also=("tokens",))
         encoder, module, facts = model.encoder, _Features(model.encoder, pool), {"pool": pool}

@@ -52,6 +52,7 @@ class Reading(NamedTuple):
         notes: what was taken for granted, in words.
         facts: plain values that stood beside the weights: ``epoch``, ``args``.
         beside: what else was in the file and is not read: ``optimizer``, ``scaler``.
+        task: what a classifier's outputs are: "classes" | "multilabel" | "regression".
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Reading(NamedTuple):
     notes: list[str]
     facts: dict[str, Any]
     beside: list[str]
+    task: str = "classes"
 
     def whole(self) -> Tensors:
         """Return the tensors under the names of a whole autoencoder: ``encoder.``, ``decoder.``."""

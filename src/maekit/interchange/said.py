@@ -34,6 +34,10 @@ HUGGING = {
     "decoder_num_attention_heads": 16, "norm_pix_loss": False,
 }  # fmt: skip
 """Defaults of transformers' ViTConfig and ViTMAEConfig, which stand for keys that a config.json does not have."""
+PROBLEMS = {
+    "single_label_classification": "classes", "multi_label_classification": "multilabel", "regression": "regression",
+}  # fmt: skip
+"""transformers' words for what a classifier's outputs are."""
 DECODER_HEAD_WIDTH = 32
 """Width per head of the official decoder: 512 / 16 (models_mae.py)."""
 
@@ -178,6 +182,10 @@ class Said:
             names = _mapping(self.config, "pretrained_cfg").get("label_names") or self.config.get("label_names")
         good = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
         return [clean(name, 200) for name in names] if good and names[:1] != ["LABEL_0"] else []
+
+    def task(self) -> str:
+        """Return what a classifier's outputs are: one class an image where nothing is said."""
+        return PROBLEMS.get(str(self.config.get("problem_type")), "classes")
 
     def _agreed(self, name: str, hint: T | None, said: T | None) -> T | None:
         if hint is not None and said is not None and hint != said:

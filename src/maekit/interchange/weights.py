@@ -80,6 +80,9 @@ class Header(BaseModel):
     sha256: str | None = None
     classes: list[str] | None = None
     pool: Literal["mean", "cls"] | None = None
+    task: Literal["classes", "multilabel", "regression"] = "classes"
+    target_mean: list[float] | None = None
+    target_std: list[float] | None = None
 
 
 class Classifier(NamedTuple):
@@ -87,17 +90,20 @@ class Classifier(NamedTuple):
 
     Attributes:
         model: timm's, with head, in eval mode.
-        classes: names in the order of the outputs; empty if they had none.
+        classes: names in the order of the outputs: of classes, tags or numbers; empty if they had none.
         spec: of the autoencoder it came from: geometry, mean and std of the images.
+        task: what the outputs are: "classes": logits of a softmax; "multilabel": of a sigmoid each; "regression":
+            numbers in the user's units.
     """
 
     model: VisionTransformer
     classes: list[str]
     spec: dict[str, Any]
+    task: str = "classes"
 
 
 def metadata(
-    model: MaskedAutoencoder, *, classes: Sequence[str] | None = None, pool: str | None = None
+    model: MaskedAutoencoder, *, classes: Sequence[str] | None = None, pool: str | None = None, **more: Any
 ) -> dict[str, str]:
     """Return the safetensors metadata that makes weights load by themselves.
 
@@ -105,10 +111,13 @@ def metadata(
         model: whose ``spec`` is written.
         classes: of a classifier on the model's encoder; with `pool` it marks the file as a classifier's.
         pool: "mean" | "cls" of that classifier.
+        more: its ``task`` unless it is one class an image; of numbers ``target_mean`` and ``target_std``, in which the
+            head's outputs count: `read_weights` gives a head of the user's units.
     """
     if pool is None:
         return _metadata(model.spec, "mae")
-    return _metadata(model.spec, "classifier", classes=None if classes is None else list(classes), pool=pool)
+    names = None if classes is None else list(classes)
+    return _metadata(model.spec, "classifier", classes=names, pool=pool, **more)
 
 
 def save_model(
@@ -290,7 +299,7 @@ def as_classifier(reading: Reading) -> Classifier:
     model.load_state_dict(reading.tensors)
     assert model.pos_embed is not None
     model.pos_embed.requires_grad_(True)
-    return Classifier(model, reading.classes, reading.spec)
+    return Classifier(model, reading.classes, reading.spec, reading.task)
 
 
 def save_reading(reading: Reading, path: Path) -> None:
@@ -302,6 +311,7 @@ def save_reading(reading: Reading, path: Path) -> None:
     more: dict[str, Any] = {}
     if reading.kind == "classifier":
         more = {"classes": reading.classes or None, "pool": reading.pool}
+        more |= {} if reading.task == "classes" else {"task": reading.task}
     _save(reading.spec, reading.tensors, reading.kind, path, **more)
 
 
@@ -421,7 +431,27 @@ def _own(path: Path, header: Header, tensors: Tensors) -> Reading:
         raise MaekitError("E-CKPT-FORMAT", f"{path} names a model that cannot be built", found=error.args[0]) from error
     check(path, tensors, expected, "the model it names")
     rows = [Row(name, name, "used", "x".join(map(str, value.shape))) for name, value in tensors.items()]
-    return Reading(path, "safetensors", "maekit", kind, spec, tensors, header.classes or [], pool, rows, [], {}, [])
+    tensors = _in_units(path, header, tensors)
+    classes = header.classes or []
+    return Reading(path, "safetensors", "maekit", kind, spec, tensors, classes, pool, rows, [], {}, [], header.task)
+
+
+def _in_units(path: Path, header: Header, tensors: Tensors) -> Tensors:
+    """Return weights whose head gives numbers in the user's units where it was trained in standard deviations."""
+    mean, std = header.target_mean, header.target_std
+    if mean is None and std is None:
+        return tensors
+    weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
+    if (
+        header.task != "regression"
+        or weight is None
+        or bias is None
+        or not len(mean or []) == len(std or []) == len(bias)
+    ):
+        raise MaekitError("E-CKPT-FORMAT", f"{path}", found="mean and deviation of numbers that no head gives")
+    scale, shift = (torch.tensor(values, dtype=torch.double) for values in (std, mean))
+    head = {"head.weight": weight.double() * scale[:, None], "head.bias": bias.double() * scale + shift}
+    return tensors | {name: value.float() for name, value in head.items()}
 
 
 def _limit(spec: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from maekit.errors import MaekitError, clean
 from maekit.interchange.files import Tensors
 from maekit.interchange.names import DETECTRON2, OFFICIAL, TIMM, TRANSFORMERS, Layout, Row, theirs
 from maekit.interchange.reading import Reading
-from maekit.interchange.said import EPSILON
+from maekit.interchange.said import EPSILON, PROBLEMS
 from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
 
@@ -188,12 +188,15 @@ def _transformers_config(reading: Reading) -> dict[str, Any]:
         "torch_dtype": "float32",
     }
     if reading.kind == "classifier":
+        said = {task: word for word, task in PROBLEMS.items() if task != "classes"}
+        problem = {"problem_type": said[reading.task]} if reading.task in said else {}
         names = reading.classes or [f"LABEL_{at}" for at in range(reading.num_classes())]
         labels = {"id2label": {str(at): name for at, name in enumerate(names)}}
         return {
             "architectures": ["ViTForImageClassification"],
             **config,
             **labels,
+            **problem,
             "label2id": {name: at for at, name in enumerate(names)},
         }
     decoder = {

@@ -3,10 +3,10 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,8 +29,11 @@ MOST_CLASSES = 60
 """Rows of the page's table; all classes are in per_class.csv."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Scored:
+class Scored(Generic[T]):
     """What one set of weights says of the images to score on.
 
     Attributes:
@@ -41,21 +44,20 @@ class Scored:
 
     prefix: str
     told: str
-    judged: Judged
+    judged: T
 
     @property
     def name(self) -> str:
         """Words for a table."""
         return "average of weights (EMA)" if self.prefix else "weights"
 
-    def metrics(self, num_classes: int) -> dict[str, Any]:
-        """Return the measures, and what they are of, under names that begin with the prefix."""
-        found = measures(self.judged, num_classes) | {"score_of": self.told}
-        return {f"{self.prefix}{name}": value for name, value in found.items()}
+    def metrics(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Return measures, and what they are of, under names that begin with the prefix."""
+        return {f"{self.prefix}{name}": value for name, value in {**found, "score_of": self.told}.items()}
 
 
 def classification_report(
-    run: Path, scored: Sequence[Scored], source: Source, model: nn.Module, view: EvalView, mean: Sequence[float]
+    run: Path, scored: Sequence[Scored[Judged]], source: Source, model: nn.Module, view: EvalView, mean: Sequence[float]
 ) -> Path:
     """Write ``report.html``, ``per_class.csv``, ``confusion.png``, ``reliability.png`` and ``mistakes.png``.
 
@@ -88,10 +90,10 @@ def classification_report(
     write_report(
         run / "report.html",
         title=f"{'Evaluation' if config.get('eval_only') == 'true' else 'Fine-tuning'}: {run.name}",
-        intro=_intro(scored, source, config),
+        intro=intro("A classifier", scored, source, config),
         sections=[
             _scores(scored, len(classes)),
-            Section("What was run", facts=_facts(config, model, records)),
+            Section("What was run", facts=run_facts(config, model, records, "classes")),
             Section("Curves", figures=[Figure(drawn, "Loss, learning rate and scores.")] if drawn else []),
             Section("Classes", tables=[_class_table(matrix, classes)]),
             Section("What is confused", figures=figures),
@@ -103,7 +105,8 @@ def classification_report(
     return run / "report.html"
 
 
-def _intro(scored: Sequence[Scored], source: Source, config: dict[str, Any]) -> list[str]:
+def intro(what: str, scored: Sequence[Scored[Any]], source: Source, config: dict[str, Any]) -> list[str]:
+    """Say what was scored on what, of which epoch, and who chose it."""
     if config.get("eval_only") == "true":
         return [
             f"{config.get('run')} was scored as it is on {len(source):,} images, each exactly once. Nothing was "
@@ -118,12 +121,12 @@ def _intro(scored: Sequence[Scored], source: Source, config: dict[str, Any]) -> 
         else "No epoch was chosen: the images scored here were watched during training, and nothing depends on it."
     )
     return [
-        f"A classifier was trained and scored on {len(source):,} images that no training has seen, each exactly once.",
+        f"{what} was trained and scored on {len(source):,} images that no training has seen, each exactly once.",
         f"The score is that of {of}. {seen}",
     ]
 
 
-def _scores(scored: Sequence[Scored], num_classes: int) -> Section:
+def _scores(scored: Sequence[Scored[Judged]], num_classes: int) -> Section:
     found = [measures(one.judged, num_classes) for one in scored]
     names = {
         "top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "balanced_accuracy": "balanced accuracy",
@@ -140,13 +143,16 @@ def _scores(scored: Sequence[Scored], num_classes: int) -> Section:
     return Section("Scores", tables=[Table(["", *(names[name] for name in kept)], rows, note=note)])
 
 
-def _facts(config: dict[str, Any], model: nn.Module, records: Sequence[dict[str, Any]]) -> dict[str, Cell]:
+def run_facts(
+    config: dict[str, Any], model: nn.Module, records: Sequence[dict[str, Any]], outputs: str
+) -> dict[str, Cell]:
+    """Return what was run; `outputs`: what those of the head are called."""
     resolved, last = config.get("resolved") or {}, (records[-1] if records else {})
     epoch = max((record["epoch"] for record in records if "epoch" in record), default=0.0)
     trained, all_of_them = (
         sum(p.numel() for p in model.parameters() if only is None or p.requires_grad) / 1e6 for only in (True, None)
     )
-    classes = f"{len(resolved.get('classes') or [])} classes"
+    classes = f"{len(resolved.get('classes') or [])} {outputs}"
     if config.get("eval_only") == "true":
         place = config.get("val_data") or config.get("data")
         facts: dict[str, Cell] = {
@@ -227,15 +233,19 @@ def _mistakes(run: Path, judged: Judged, source: Source, view: EvalView, channel
         return Section("Most confident mistakes", text=["None: every prediction is right."])
     classes = source.classes or []
     chosen = source.subset(judged.index[rows].tolist())
-    loader = Loader(
-        chosen, view, batch_size=len(chosen), micro_batch=len(chosen), mean=(0.0,) * channels, std=(1.0,) * channels
-    )
-    images = next(loader.sweep())["images"]
     said, true = (column[rows].tolist() for column in (judged.predicted, judged.labels))
     sure = judged.confidence[rows].tolist()
     captions = [f"{classes[a]} {p:.2f}, is {classes[b]}" for a, p, b in zip(said, sure, true, strict=True)]
-    grid = captioned_grid(list(images), captions)
+    grid = captioned_grid(seen_images(chosen, view, channels), captions)
     write_png(run / "mistakes.png", grid)
     names = "; ".join(chosen.ids[:MISTAKES])
     told = "What was predicted with which probability, and what is true: wrong labels, too, are found here."
     return Section("Most confident mistakes", figures=[Figure(grid, told)], details={"Which images": names})
+
+
+def seen_images(source: Source, view: EvalView, channels: int) -> list[Tensor]:
+    """Return all images of a source as they were scored, (C, H, W) with values 0..1."""
+    loader = Loader(
+        source, view, batch_size=len(source), micro_batch=len(source), mean=(0.0,) * channels, std=(1.0,) * channels
+    )
+    return list(next(loader.sweep())["images"])

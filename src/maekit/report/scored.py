@@ -1,4 +1,4 @@
-"""Drawings of how good a classifier is: confusion, reliability, accuracy by number of trained blocks.
+"""Drawings of how good a model is: confusion, reliability, accuracy by number of trained blocks; tags; numbers.
 
 For the page as SVG or picture, and each as PNG on white for those who want the file.
 """
@@ -16,9 +16,12 @@ from torch import Tensor
 from maekit.errors import clean
 from maekit.report.plots import _RC, COLOURS, INK, WIDTH, _svg
 from maekit.scores.measures import Reliability
+from maekit.scores.targets import Answers
 
 NUMBERED, NAMED = 20, 60
 """Up to so many classes the confusion matrix has numbers in its cells, and names beside it."""
+MOST_BARS, MOST_NUMBERS, MOST_DOTS = 30, 6, 2000
+"""Tags that are drawn, the numbers that are, and the images that have a dot."""
 Draw = Callable[[Figure], str]
 """Draws into a figure and returns what a screen reader says."""
 
@@ -120,5 +123,54 @@ def partial_drawing(curve: Mapping[str, float], probe: float | None) -> Draw:
         panel.set_ylabel("top-1 accuracy")
         panel.legend(loc="lower right", fontsize=8)
         return "Accuracy by blocks fine-tuned: " + ", ".join(f"{name} {value:.3f}" for name, value in curve.items())
+
+    return draw
+
+
+def tags_drawing(names: Sequence[str], ap: Sequence[float], share: Sequence[float]) -> Draw:
+    """Draw the average precision of each tag, from the top, and where chance would be: the share of images with it."""
+
+    def draw(figure: Figure) -> str:
+        panel = figure.add_subplot()
+        places = np.arange(len(names))
+        panel.grid(axis="y", visible=False)
+        panel.barh(places, ap, height=0.62, color=COLOURS[0], alpha=0.55, linewidth=0)
+        panel.scatter(share, places, marker="|", s=90, color=INK, zorder=3, label="chance: share of images")
+        for place, value in zip(places, ap, strict=True):
+            panel.annotate(f"{value:.3f}", (value, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        panel.set_yticks(places, [clean(name, 30) for name in names])
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.set_xlim(0, 1.12)
+        panel.set_xlabel("average precision")
+        figure.legend(loc="outside upper right", fontsize=8)
+        return "Average precision: " + ", ".join(f"{name} {value:.3f}" for name, value in zip(names, ap, strict=True))
+
+    return draw
+
+
+def tags_height(count: int) -> float:
+    """Return the height in inches of a drawing of so many tags."""
+    return 1.0 + 0.27 * count
+
+
+def numbers_drawing(answers: Answers, names: Sequence[str]) -> Draw:
+    """Draw, for each number a row: predicted against true over the diagonal, and how the errors are spread."""
+    step = max(1, len(answers.index) // MOST_DOTS)
+    shown = min(len(names), MOST_NUMBERS)
+
+    def draw(figure: Figure) -> str:
+        rows = figure.subplots(shown, 2, squeeze=False, width_ratios=(1.15, 1))
+        for at, (left, right) in enumerate(rows):
+            true, said = answers.truth[:, at].numpy(), answers.said[:, at].numpy()
+            ends = [min(true.min(), said.min()), max(true.max(), said.max())]
+            left.plot(ends, ends, color=INK, linewidth=0.8, linestyle="--")
+            left.plot(true[::step], said[::step], "o", color=COLOURS[0], markersize=3, alpha=0.5, markeredgewidth=0)
+            left.set_xlabel(f"{clean(names[at], 30)}, true")
+            left.set_ylabel("predicted")
+            right.hist(said - true, bins=min(40, max(8, len(true) // 8)), color=COLOURS[1], alpha=0.6)
+            right.axvline(0, color=INK, linewidth=0.8)
+            right.set_xlabel("predicted - true")
+            right.set_ylabel("images")
+        return "Predicted against true, and errors: " + ", ".join(names[:shown])
 
     return draw

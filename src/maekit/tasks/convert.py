@@ -174,7 +174,7 @@ def _export(reading: Reading, dst: Path, to: str, settings: Convert) -> tuple[li
     export = export_onnx if to == "onnx" else export_pt2
     if reading.kind == "classifier":
         loaded = as_classifier(reading)
-        done = export(loaded.model, dst, dynamic_size=size, spec=loaded.spec, classes=loaded.classes)
+        done = export(loaded.model, dst, dynamic_size=size, spec=loaded.spec, classes=loaded.classes, task=loaded.task)
     else:
         model = as_model(reading)
         done = export(model, dst, what=what, pool=settings.pool or "mean", dynamic_size=size, mask_ratio=ratio)
@@ -216,15 +216,17 @@ def _lost(reading: Reading, to: str) -> list[str]:
         "target": "target",
         "stats": "mean and deviation",
         "classes": "class names",
+        "task": "that outputs are labels of their own or numbers",
     }
     kept = {
         "official": {"size", "target"},
         "detectron2": set[str](),
         "timm": {"size", "heads", "stats", "classes"},
-        "transformers": {"size", "heads", "target", "stats", "classes"},
+        "transformers": {"size", "heads", "target", "stats", "classes", "task"},
     }.get(to, set(names))
     absent = {"target"} if reading.kind != "mae" or to in ENCODERS else set[str]()
     absent |= set[str]() if reading.classes else {"classes"}
+    absent |= {"task"} if reading.task == "classes" else set[str]()
     absent |= {"size"} if reading.spec["img_size"][0] == reading.spec["img_size"][1] else set[str]()
     return [text for name, text in names.items() if name not in kept | absent]
 

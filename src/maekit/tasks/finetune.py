@@ -1,33 +1,27 @@
-"""Train encoder and head on labelled images, from pre-trained or random weights under one recipe."""
+"""Train encoder and head on images with classes, tags or numbers, from pre-trained or random weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from maekit.data.augment import EvalView, FinetuneView, default_crop_pct
-from maekit.data.loader import Batch
 from maekit.data.sources import Source, hold_out
 from maekit.errors import MaekitError
 from maekit.interchange.weights import as_model, metadata, read_weights, without_head
 from maekit.model.heads import classifier, freeze_below
 from maekit.model.mae import MaskedAutoencoder, at_size, create_model
-from maekit.report.classification import Scored, classification_report
+from maekit.report.classification import Scored
 from maekit.seeds import seed_all
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.eval_only import evaluate_only, refuse_training
-from maekit.tasks.features import labelled_splits
+from maekit.tasks.goals import Classes, Goal, goal_of, splits_of
 from maekit.tasks.predictions import Answers, Kept, Truth
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
-from maekit.tasks.scoring import final_scores, scorer
+from maekit.tasks.scoring import final_scores
 from maekit.tasks.training import (
     Statistics,
     channels_of,
@@ -39,7 +33,6 @@ from maekit.tasks.training import (
 )
 from maekit.train.device import World, world
 from maekit.train.loop import Outcome, Plan, fit
-from maekit.train.losses import balanced_weights, soft_targets, supervised_loss
 from maekit.train.optim import adamw, finetune_groups
 from maekit.train.schedule import schedule
 
@@ -52,11 +45,12 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
         splits: training part and part to score on, in place of ``settings.data``.
 
     Returns:
-        run, steps, loss, images_per_second, state_sha256; then, on the images to score on, each seen once: top1, top5,
-        macro_f1, balanced_accuracy, ece and val_loss of the epoch that score_of names (with ``--ema`` also ema_top1
-        ... of the average); exit code 75 if stopped before the end. ``--eval-only``: as
-        `maekit.tasks.eval_only.evaluate_only`. The run folder gets predictions.parquet, of the weights that the report
-        is about, with the columns of `maekit.tasks.predictions`.
+        run, steps, loss, images_per_second, state_sha256; then, on the images to score on, each seen once, of the epoch
+        that score_of names (with ``--ema`` also ema_top1 ... of the average): top1, top5, macro_f1, balanced_accuracy,
+        ece and val_loss; of tags map, macro_auroc, micro_f1, macro_f1, exact_match and val_loss; of numbers r2,
+        pearson, spearman, val_loss and, for each, targets; exit code 75 if stopped before the end. ``--eval-only``: as
+        `maekit.tasks.eval_only.evaluate_only`. Of classes the run folder gets predictions.parquet, of the weights that
+        the report is about, with the columns of `maekit.tasks.predictions`.
 
     Raises:
         MaekitError: for everything a user can cause.
@@ -69,9 +63,7 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
         return evaluate_only(settings, None if splits is None else splits[1])
     with world(settings.device) as here:
         run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
-        return carry_out(
-            run, lambda: _train(settings, Parts.of(settings, *(splits or labelled_splits(settings))), run, here)
-        )
+        return carry_out(run, lambda: _train(settings, Parts.of(settings, *(splits or splits_of(settings))), run, here))
 
 
 @dataclass(frozen=True)
@@ -101,6 +93,7 @@ class Parts:
 
 def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     train = parts.fit
+    goal = goal_of(settings, train)
     origin, statistics = _origin(settings, train)
     view = FinetuneView(
         origin.img_size,
@@ -110,46 +103,49 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
         (0,) * len(origin.mean),
         settings.color_jitter,
     )
-    model = _classifier(settings, origin, len(train.classes or []))
+    model = _classifier(settings, origin, len(goal.names))
     channels_of(train, len(origin.mean))
-    score = partial(scorer, size=origin.img_size, here=here, workers=settings.workers, crop_pct=settings.crop_pct)
+    score = partial(goal.scorer, size=origin.img_size, here=here, workers=settings.workers, crop_pct=settings.crop_pct)
     score(parts.val, mean=origin.mean, std=origin.std, tta=settings.tta)  # refused before anything is written
-    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=train.classes)
+    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names)
     score = partial(score, mean=resolved.mean, std=resolved.std, precision=resolved.precision)
     model.to(here.device)
 
     view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
     loader = train_loader(
-        train, view, settings, resolved, here, run,
+        goal.prepared(train), view, settings, resolved, here, run,
         size=origin.img_size, seed=settings.seed, workers=settings.workers,
     )  # fmt: skip
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
     loop = settings.model_copy(update={"precision": resolved.precision})
-    facts = metadata(origin, classes=train.classes, pool=settings.pool)
-    plan = Plan(timing, loop, settings.seed, facts, eval_every=every, keep_best="held/top1" if parts.held else "")
+    facts = metadata(origin, classes=goal.names, pool=settings.pool, **goal.facts)
+    plan = Plan(
+        timing, loop, settings.seed, facts, eval_every=every, keep_best=f"held/{goal.best}" if parts.held else ""
+    )
     say_what_runs("finetune", model, train, timing.total, here, resolved)
 
-    step = supervised_step(settings, model.num_classes, here.device, train.labels)
+    step = goal.step(settings, here.device)
     groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)
     watch = score(parts.held, name="held") if parts.held else score(parts.val)
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
     if outcome.stopped:
         return stopped(_counted(run, outcome))
-    kept = Kept(Answers.of(model.num_classes, None))
+    kept = Kept(Answers.of(model.num_classes, None)) if isinstance(goal, Classes) else None
     found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing, kept)
-    kept.write(run.path, Truth.of(parts.val, train.classes or [], model.num_classes), here)
-    metrics = _counted(run, outcome) | _scored(found, model, parts)
+    if kept is not None:
+        kept.write(run.path, Truth.of(parts.val, goal.names, model.num_classes), here)
+    metrics = _counted(run, outcome) | _scored(found, goal, model, parts)
     if here.is_main:
         shown = EvalView(origin.img_size, settings.crop_pct or default_crop_pct(origin.img_size))
-        classification_report(run.path, found, parts.val, model, shown, resolved.mean)
+        goal.report(run.path, found, parts.val, model, shown, resolved.mean)  # type: ignore[arg-type]
         finish(run, metrics)
     here.barrier()
     start = "random weights" if settings.from_scratch else str(settings.run)
     return Result(
         metrics,
-        f"{run.path}: top-1 {metrics['top1']:.4f} after {metrics['score_of']}, from {start}; "
+        f"{run.path}: {goal.told(metrics)} after {metrics['score_of']}, from {start}; "
         f"{len(train)} labels, scored on {len(parts.val)} held-out images; look at {run.path}/report.html",
     )
 
@@ -177,11 +173,11 @@ def _counted(run: Run, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _scored(found: Sequence[Scored], model: VisionTransformer, parts: Parts) -> dict[str, Any]:
+def _scored(found: Sequence[Scored[Any]], goal: Goal, model: VisionTransformer, parts: Parts) -> dict[str, Any]:
     """Return the scores and how many images and parameters they rest on."""
     metrics: dict[str, Any] = {}
     for one in found:
-        metrics |= one.metrics(model.num_classes)
+        metrics |= one.metrics(goal.measured(one.judged))
     metrics["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     metrics |= {"train_images": len(parts.fit), "val_images": len(parts.val)}
     return metrics | ({"held_images": len(parts.held)} if parts.held else {})
@@ -244,46 +240,6 @@ def _same_architecture(settings: Finetune, model: MaskedAutoencoder) -> None:
             )
 
 
-def supervised_step(settings: Finetune, num_classes: int, device: torch.device, labels: list[int] | None = None) -> Any:
-    """Return the step function: random erasing, mixup or cutmix, label smoothing, loss (paper table 9).
-
-    Mixup and erasing draw from the generators that the loop seeds with (seed, step, rank).
-
-    Args:
-        labels: of all training images; needed where classes are weighted.
-    """
-    mixup = Mixup(
-        mixup_alpha=settings.mixup,
-        cutmix_alpha=settings.cutmix,
-        prob=settings.mixup_prob,
-        switch_prob=settings.mixup_switch,
-        label_smoothing=settings.label_smoothing,
-        num_classes=num_classes,
-    )
-    mixes = settings.mixup > 0 or settings.cutmix > 0
-    erase = (
-        RandomErasing(settings.random_erasing, mode="pixel", device=str(device)) if settings.random_erasing else None
-    )
-    weights = balanced_weights(labels or [], num_classes).to(device) if settings.class_weights else None
-
-    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, labels = batch["images"], batch["labels"]
-        if erase is not None:
-            images = erase(images)
-        if mixes:
-            # timm mixes a batch with its own reverse and wants an even number; twice the batch gives the same pairs
-            count, times = len(images), 1 + len(images) % 2
-            images, targets = mixup(images.repeat(times, 1, 1, 1), labels.repeat(times))
-            images, targets = images[:count], targets[:count]
-        elif settings.loss == "cross-entropy" and weights is None:
-            return {"loss": F.cross_entropy(module(images), labels, label_smoothing=settings.label_smoothing)}
-        else:
-            targets = soft_targets(labels, num_classes, settings.label_smoothing)
-        return {"loss": supervised_loss(module(images), targets, kind=settings.loss, weights=weights)}
-
-    return step
-
-
 def refuse_idle(settings: Finetune) -> None:
     """Refuse settings that would change nothing beside the others.
 
@@ -292,17 +248,31 @@ def refuse_idle(settings: Finetune) -> None:
     """
     if settings.eval_only:
         refuse_training(settings)
+    numbers = "task regression" if settings.task == "regression" else ""
     idle = {
         "new_head": (settings.from_scratch or settings.run is None) and "random weights",
+        "label_separator": settings.task != "multilabel" and f"task {settings.task}",
         "mixup_prob": not (settings.mixup or settings.cutmix) and "mixup and cutmix 0",
         "mixup_switch": not (settings.mixup and settings.cutmix) and "mixup or cutmix 0",
+        "class_weights": numbers,
     }
     fields = type(settings).model_fields
     for name, reason in idle.items():
         value = getattr(settings, name)
         if reason and value != fields[name].default:
-            raise MaekitError(
-                "E-CONFIG-IDLE", f"setting {name}", found=f"{value} beside {reason}",
-                expected="a setting that does something",
-                hint=f"no --{name.replace('_', '-')}",
-            )  # fmt: skip
+            raise _idle(name, value, reason, "a setting that does something", f"no --{name.replace('_', '-')}")
+    for name in ("mixup", "cutmix", "label_smoothing"):
+        if numbers and getattr(settings, name):
+            off = "--mixup 0 --cutmix 0 --label-smoothing 0"
+            raise _idle(name, getattr(settings, name), numbers, "0: numbers are not mixed or smoothed", off)
+    losses = {"classes": ("cross-entropy", "bce"), "multilabel": ("bce",), "regression": ("mse", "huber")}[
+        settings.task
+    ]
+    if settings.loss not in losses:
+        raise _idle("loss", settings.loss, f"task {settings.task}", " or ".join(losses), f"--loss {losses[0]}")
+
+
+def _idle(name: str, value: object, beside: str, expected: str, hint: str) -> MaekitError:
+    return MaekitError(
+        "E-CONFIG-IDLE", f"setting {name}", found=f"{value} beside {beside}", expected=expected, hint=hint
+    )

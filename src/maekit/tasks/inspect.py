@@ -33,6 +33,9 @@ def inspect(settings: Inspect | dict[str, Any]) -> Result:
     return Result(metrics, "\n".join(lines))
 
 
+OUTPUTS = {"classes": "classes", "multilabel": "labels (several an image)", "regression": "numbers (regression)"}
+
+
 def hints(settings: Unsaid) -> Hints:
     """Return what the user says of a file that does not say it."""
     return Hints(settings.model, settings.num_heads, settings.decoder_heads, settings.target, settings.source_size)
@@ -48,6 +51,7 @@ def facts(reading: Reading) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in reading.tensors.values()),
         "spec": reading.spec,
         "pool": reading.pool,
+        "task": reading.task if reading.kind == "classifier" else None,
         "classes": reading.classes,
         "notes": reading.notes,
         "facts": reading.facts,
@@ -76,7 +80,7 @@ def description(reading: Reading) -> list[str]:
             f"target {spec['target']}"
         )
     if reading.kind == "classifier":
-        shape["head"] = f"{reading.num_classes()} classes, pooling {reading.pool}"
+        shape["head"] = f"{reading.num_classes()} {OUTPUTS[reading.task]}, pooling {reading.pool}"
     lines = [
         f"{reading.path}: {kinds[reading.kind]}, layout of {reading.layout} ({reading.container})",
         f"  {'model':<10}{spec['name']}, {sum(t.numel() for t in reading.tensors.values()) / 1e6:.2f} M parameters",

@@ -40,6 +40,11 @@ def partial(settings: Partial | dict[str, Any]) -> Result:
         raise MaekitError(
             "E-CONFIG-IDLE", "setting eval_only", found="a series of trainings", hint="finetune --eval-only"
         )
+    if settings.task != "classes":
+        raise MaekitError(
+            "E-CONFIG-TASK", "setting task", found=f"{settings.task} for partial", expected="classes, as the probe has",
+            hint=f"maekit finetune --task {settings.task} --tune-blocks N",
+        )  # fmt: skip
     blocks = blocks_of(settings)
     run = open_run(settings.out or default_out("partial", settings.data), "partial", settings)
     return carry_out(run, lambda: _series(settings, blocks, *labelled_splits(settings), run))

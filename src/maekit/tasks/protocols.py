@@ -23,7 +23,7 @@ from maekit.settings import Evaluate, Finetune, Knn, Probe, Robustness, Settings
 from maekit.tasks import Result
 from maekit.tasks.features import Features, extract_both, load_encoder, rows_of
 from maekit.tasks.finetune import finetune
-from maekit.tasks.probe import logistic_top1, probe, solve
+from maekit.tasks.probe import probe, solve
 from maekit.tasks.robustness import robustness
 from maekit.train.device import World
 
@@ -33,6 +33,10 @@ PROBES = ("lars", "attentive")
 ON_CLASSIFIER = ("occlusion", "corruptions")
 PROTOCOLS = (*FROZEN, *PROBES, "finetune", *ON_CLASSIFIER)
 SUITES = {"quick": FROZEN, "full": (*FROZEN, *PROBES, "finetune", "occlusion")}
+UNEVEN = 2
+"""From so many times the images of the smallest class in the largest, accuracy alone tells of the largest."""
+UNEVEN = 2
+"""From so many times the images of the smallest class in the largest, accuracy alone tells of the largest."""
 LOWER_IS_BETTER = ("corruptions error", "corruptions mCE")
 
 
@@ -120,10 +124,11 @@ def frozen(
             began = time.perf_counter()
             rows = rows_of(bank, [places[image] for image in images[job]])
             if job.protocol == "lowshot":
-                outcome = Outcome(_lowshot(settings, part, bank, queries))
+                outcome = _lowshot(settings, part, bank, queries)
+            elif job.protocol == "knn":
+                outcome = _judged("knn", _knn(rows, queries), queries.labels)
             else:
-                said = _knn(rows, queries) if job.protocol == "knn" else _logistic(settings, rows, queries)
-                outcome = _judged(job.protocol, said, queries.labels)
+                outcome = _judged("logistic", _logistic(rows, queries, settings.seed), queries.labels)
             yield (
                 job,
                 replace(outcome, seconds=time.perf_counter() - began, feature_seconds=extraction, memory=memory()),
@@ -144,24 +149,32 @@ def _knn(bank: Features, queries: Features) -> Tensor:
     return vote(found, bank.labels, num_classes, k=fresh.k[0], temperature=fresh.temperature[0])
 
 
-def _logistic(settings: Evaluate, bank: Features, queries: Features) -> Tensor:
-    return solve(bank, queries, settings.seed, torch.device("cpu"))[1]
+def _logistic(bank: Features, queries: Features, seed: int) -> Tensor:
+    return solve(bank, queries, seed, torch.device("cpu"))[1]
 
 
-def _lowshot(settings: Evaluate, train: Source, bank: Features, queries: Features) -> dict[str, list[float]]:
+def _lowshot(settings: Evaluate, train: Source, bank: Features, queries: Features) -> Outcome:
+    """Return a value per draw; what was right is not kept, since there are draws to compare."""
     found: dict[str, list[float]] = {}
     for count in dict.fromkeys(settings.shots):
         for draw in range(settings.draws):
             rows = rows_of(bank, label_subset(train, f"{count}/class", settings.label_seed + draw))
-            found.setdefault(f"lowshot {count}/class", []).append(
-                logistic_top1(rows, queries, seed=settings.seed + draw)[0]
-            )
-    return found
+            said = _logistic(rows, queries, settings.seed + draw)
+            for measure, values in _judged(f"lowshot {count}/class", said, queries.labels).scores.items():
+                found.setdefault(measure, []).extend(values)
+    return Outcome(found)
 
 
 def _judged(measure: str, said: Tensor, labels: Tensor) -> Outcome:
+    """Return top-1, and where one class has more than twice the images of another the mean recall of the classes."""
     right = said == labels
-    return Outcome({measure: [float(right.double().mean())]}, {measure: "".join("01"[one] for one in right.tolist())})
+    scores = {measure: [float(right.double().mean())]}
+    counts = labels.bincount()
+    counts = counts[counts > 0]
+    if counts.max() > UNEVEN * counts.min():
+        recalls = [float(right[labels == label].double().mean()) for label in labels.unique()]
+        scores[f"{measure} balanced"] = [sum(recalls) / len(recalls)]
+    return Outcome(scores, {measure: "".join("01"[one] for one in right.tolist())})
 
 
 # -------------------------------------------------------------------------------------- what is trained or attacked

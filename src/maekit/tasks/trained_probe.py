@@ -17,8 +17,8 @@ from maekit.seeds import seed_all
 from maekit.settings import Loop, Probe
 from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits, load_encoder
-from maekit.tasks.finetune import scorer
 from maekit.tasks.run_folder import Run, finish, stopped
+from maekit.tasks.scoring import scorer
 from maekit.tasks.training import channels_of, prepare, say_what_runs, train_loader
 from maekit.train.device import World
 from maekit.train.loop import Plan, fit

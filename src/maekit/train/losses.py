@@ -1,7 +1,7 @@
-"""Losses of a classifier: soft targets, smoothed, weighted by class.
+"""Losses of a classifier: soft targets, smoothed, weighted by class; of tags, and of numbers.
 
-B batch, C classes. Every loss is the mean over images of a sum or mean over classes, so that it does not depend on how
-a batch is cut into micro-batches.
+B batch, C classes, K tags or numbers. Every loss is the mean over images of a sum or mean over classes, so that it does
+not depend on how a batch is cut into micro-batches.
 """
 
 import torch
@@ -37,3 +37,39 @@ def supervised_loss(logits: Tensor, targets: Tensor, *, kind: str, weights: Tens
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(logits.float(), targets, weight=weights)
     return F.cross_entropy(logits, targets, weight=weights)
+
+
+def tag_weights(tags: Tensor) -> Tensor:
+    """Return a weight (K,) for images with a tag, those without / those with, so that both weigh the same together.
+
+    Args:
+        tags: (n, K), 0 and 1 of all training images; a tag that none has, which no image asks for, weighs 1.
+    """
+    count = tags.double().sum(0)
+    return torch.where(count > 0, (len(tags) - count) / count.clamp(min=1), 1.0).float()
+
+
+def tag_loss(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """Return the mean binary cross-entropy over images and tags.
+
+    Args:
+        logits: (B, K).
+        targets: (B, K), 0 to 1; mixed images have shares.
+        smoothing: part by which targets move towards 1/2.
+        weights: (K,), of images with the tag.
+    """
+    return F.binary_cross_entropy_with_logits(
+        logits.float(), targets * (1 - smoothing) + smoothing / 2, pos_weight=weights
+    )
+
+
+def number_loss(said: Tensor, targets: Tensor, *, kind: str) -> Tensor:
+    """Return the mean over images and numbers, both in standard deviations.
+
+    Args:
+        said: (B, K).
+        targets: (B, K).
+        kind: "mse", or "huber": half the square up to 1, linear beyond (Huber 1964), so that few wild values in the
+            labels pull less.
+    """
+    return F.huber_loss(said.float(), targets) if kind == "huber" else F.mse_loss(said.float(), targets)
