@@ -135,6 +135,7 @@ def test_a_stopped_suite_goes_on_and_what_is_trained_pairs_by_seed(
         ({"finetune": "own/finetune-hundreds"}, "E-CONFIG-IDLE", "setting finetune"),
         ({"shots": [1, 100]}, "E-DATA-LABELS", "expected 100"),
         ({"suite": ["finetune"], "finetune": "builtin/pretrain-fashion"}, "E-CONFIG-RECIPE", "pretrain"),
+        ({"suite": ["finetune"], "finetune": "scratch-vit-b16"}, "E-CONFIG-TASK", "from_scratch True"),
         ({"labels": "a few"}, "E-USAGE-LABELS", "a few"),
     ],
 )

@@ -6,14 +6,10 @@ where both have left what they said of the same ones (``predictions.parquet`` of
 predict``).
 """
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from maekit.config import differences, load_yaml, resolve, spell
 from maekit.errors import MaekitError
@@ -21,33 +17,13 @@ from maekit.report.comparison import comparison_report, told
 from maekit.scores.spread import Difference, bootstrapped, paired_over_seeds
 from maekit.settings import Compare, Finetune, Partial, Pretrain, Probe, Quickstart, Robustness, Settings
 from maekit.tasks import Result
+from maekit.tasks.predictions import FILE, Predictions, read_predictions
 from maekit.tasks.run_folder import typed
 
 KINDS: dict[str, type[Settings]] = {
     kind.__name__.lower(): kind for kind in (Pretrain, Finetune, Partial, Probe, Quickstart, Robustness)
 }
 """Verbs that leave a run folder with one score a name."""
-
-
-PREDICTIONS = "predictions.parquet"
-"""In the folder of a fine-tune."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a classifier said of labelled images.
-
-    Attributes:
-        paths: of the images.
-        right: whether its class was the true one.
-    """
-
-    paths: list[str]
-    right: list[bool]
-
-    def top1(self) -> float:
-        """Share of images that it got right."""
-        return sum(self.right) / len(self.right)
 
 
 @dataclass(frozen=True)
@@ -115,7 +91,7 @@ def _side(paths: list[Path]) -> Side:
 def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Predictions | None]:
     """Return verb, settings, scores and predictions of one run folder or file of predictions."""
     if path.is_file():
-        said = _predictions(path)
+        said = read_predictions(path)
         return "predict", None, {"top1": said.top1()}, said
     config, result = path / "config.yaml", path / "result.json"
     verb = str(load_yaml(config).get("verb")) if config.is_file() else ""
@@ -130,35 +106,8 @@ def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Prediction
     except ValueError as error:
         raise MaekitError("E-CONFIG-RUN", f"{result}", found="no JSON", hint="run the same command again") from error
     found = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    kept = path / PREDICTIONS
-    return verb, resolve(KINDS[verb], file=config)[0], found, _predictions(kept) if kept.is_file() else None
-
-
-def _predictions(path: Path) -> Predictions:
-    """Read a file of predictions.
-
-    Raises:
-        MaekitError: E-CONFIG-RUN if it is none, E-DATA-LABELS if it has no true classes.
-    """
-    names = ["path", "label", "predicted_index"]
-    columns = None
-    with contextlib.suppress(pa.ArrowException, OSError, KeyError):
-        table = pq.read_table(path, columns=names)
-        columns = [table[name].to_pylist() for name in names]
-    if columns is None or not columns[0]:
-        raise MaekitError(
-            "E-CONFIG-RUN",
-            f"{path}",
-            found="no predictions",
-            expected="FILE.parquet of maekit predict, or a run folder",
-        )
-    paths, labels, said = columns
-    if None in labels:
-        raise MaekitError(
-            "E-DATA-LABELS", f"{path}", found=f"{labels.count(None)} images without a class that the classifier has",
-            expected="a true class of each", hint="maekit predict with labelled images of its classes",
-        )  # fmt: skip
-    return Predictions(paths, [label == one for label, one in zip(labels, said, strict=True)])
+    kept = path / FILE
+    return verb, resolve(KINDS[verb], file=config)[0], found, read_predictions(kept) if kept.is_file() else None
 
 
 def _rows(a: Side, b: Side) -> list[dict[str, Any]]:

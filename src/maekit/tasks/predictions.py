@@ -23,6 +23,7 @@ likeliest, ``top2``, ``top2_probability`` ... A text that a spreadsheet would ta
 = + - @, a tab or a return) stands behind an apostrophe.
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,8 @@ from maekit.tasks.streamed import Rows, each_once
 from maekit.train.device import World
 
 FORMAT = 1
+FILE = "predictions.parquet"
+"""In the folder of a fine-tune."""
 TOP = 5
 MOST_CLASSES = 100
 """Up to so many classes all probabilities are written where nothing is said."""
@@ -168,7 +171,7 @@ class Kept:
         """
         rows = each_once(self.rows, here)
         if here.is_main:
-            write_predictions(folder / "predictions.parquet", self.answers, truth, [rows])
+            write_predictions(folder / FILE, self.answers, truth, [rows])
 
 
 def write_predictions(path: Path, answers: Answers, truth: Truth, parts: Iterable[Rows]) -> None:
@@ -251,3 +254,43 @@ def harmless(name: str) -> str:
     """Return the text of a cell that no spreadsheet takes for a formula."""
     name = text(name)
     return f"'{name}" if name.startswith(FORMULA) else name
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier said of labelled images.
+
+    Attributes:
+        paths: of the images.
+        right: whether its class was the true one.
+    """
+
+    paths: list[str]
+    right: list[bool]
+
+    def top1(self) -> float:
+        """Share of images that it got right."""
+        return sum(self.right) / len(self.right)
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read FILE.parquet back.
+
+    Raises:
+        MaekitError: E-CONFIG-RUN if it is none, E-DATA-LABELS if an image has no true class that the classifier has.
+    """
+    names, columns = ["path", "label", "predicted_index"], None
+    with contextlib.suppress(pa.ArrowException, OSError, KeyError):
+        table = pq.read_table(path, columns=names)
+        columns = [table[name].to_pylist() for name in names]
+    if columns is None or not columns[0]:
+        raise MaekitError(
+            "E-CONFIG-RUN", f"{path}", found="no predictions", expected="a .parquet of maekit predict, or a run folder"
+        )
+    paths, labels, said = columns
+    if None in labels:
+        raise MaekitError(
+            "E-DATA-LABELS", f"{path}", found=f"{labels.count(None)} images without a class that the classifier has",
+            expected="a true class of each", hint="maekit predict with labelled images of its classes",
+        )  # fmt: skip
+    return Predictions(paths, [label == one for label, one in zip(labels, said, strict=True)])

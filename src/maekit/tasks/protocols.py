@@ -23,6 +23,7 @@ from maekit.settings import Evaluate, Finetune, Knn, Probe, Robustness, Settings
 from maekit.tasks import Result
 from maekit.tasks.features import Features, extract_both, load_encoder, rows_of
 from maekit.tasks.finetune import finetune
+from maekit.tasks.predictions import FILE, read_predictions
 from maekit.tasks.probe import probe, solve
 from maekit.tasks.robustness import robustness
 from maekit.train.device import World
@@ -174,7 +175,11 @@ def _judged(measure: str, said: Tensor, labels: Tensor) -> Outcome:
     if counts.max() > UNEVEN * counts.min():
         recalls = [float(right[labels == label].double().mean()) for label in labels.unique()]
         scores[f"{measure} balanced"] = [sum(recalls) / len(recalls)]
-    return Outcome(scores, {measure: "".join("01"[one] for one in right.tolist())})
+    return Outcome(scores, {measure: _as_text(right.tolist())})
+
+
+def _as_text(right: list[bool]) -> str:
+    return "".join("01"[one] for one in right)
 
 
 # -------------------------------------------------------------------------------------- what is trained or attacked
@@ -190,17 +195,19 @@ def trained(settings: Evaluate, job: Job, folder: Path, classifier: Path | None,
         Stopped: it was stopped with a checkpoint.
     """
     out = folder / job.name
+    right: dict[str, str] = {}
     began = time.perf_counter()
     with peak_memory(here.device) as memory:
         if job.protocol == "finetune":
             found = _done(finetune(finetune_settings(settings, job, out)))
             scores = {"finetune": [found["top1"]], "finetune macro F1": [found["macro_f1"]]}
+            right = {"finetune": _as_text(read_predictions(out / FILE).right)}
         elif job.protocol in PROBES:
             scores = {job.protocol: [_done(probe(probe_settings(settings, job, out)))["top1"]]}
         else:
             found = _done(robustness(robustness_settings(settings, job, out, classifier)))
             scores = _attacked(job.protocol, found)
-        return Outcome(scores, seconds=time.perf_counter() - began, memory=memory())
+        return Outcome(scores, right, seconds=time.perf_counter() - began, memory=memory())
 
 
 def _attacked(protocol: str, found: dict[str, Any]) -> dict[str, list[float]]:
@@ -215,6 +222,12 @@ def _attacked(protocol: str, found: dict[str, Any]) -> dict[str, list[float]]:
 def finetune_settings(settings: Evaluate, job: Job, out: Path | None = None) -> Finetune:
     """Return the settings of a job's fine-tune."""
     given = resolve_named(Finetune, settings.finetune)
+    if given.task != "classes" or given.eval_only or given.from_scratch:
+        raise MaekitError(
+            "E-CONFIG-TASK", f"--finetune {settings.finetune}",
+            found=f"task {given.task}, eval_only {given.eval_only}, from_scratch {given.from_scratch}",
+            expected="the training of encoders for classes; random weights are an arm of their own",
+        )  # fmt: skip
     return _of(
         Finetune, settings, given,
         run=job.run, from_scratch=job.arm.random, labels=job.labels, label_seed=settings.label_seed + job.seed,
