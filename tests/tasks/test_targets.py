@@ -213,6 +213,16 @@ def test_views_are_averaged_as_probabilities_of_tags_and_as_numbers() -> None:
     torch.testing.assert_close(goal.said(outputs), torch.tensor([[12.3, -65.0]]).double())
 
 
+def test_numbers_keep_their_digits_in_half_precision(
+    measured: tuple[Path, dict[str, Any]], numbers: dict[str, Any]
+) -> None:
+    """In bf16 a plain head that says a thousand lit pixels would say them in steps of 4 or 8."""
+    found, images = load_classifier(measured[0]), torch.rand(64, 1, 28, 28)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        said = found.model(images)[:, 1]
+    assert said.dtype == torch.float32 and (said % 1 != 0).double().mean() > 0.9 and len(said.unique()) > 60
+
+
 def test_a_task_brings_defaults_that_fit_it() -> None:
     plain, tags, numbers = (Finetune(task=task) for task in ("classes", "multilabel", "regression"))  # type: ignore[arg-type]
     assert (plain.loss, plain.mixup, plain.cutmix, plain.label_smoothing) == ("cross-entropy", 0.8, 1.0, 0.1)
