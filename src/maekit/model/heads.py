@@ -118,9 +118,9 @@ class ExactLinear(nn.Linear):
         made.weight, made.bias = layer.weight, layer.bias
         return made.train(layer.training)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return (B, outputs) of features (B, D); products and sums by element, which autocast leaves alone."""
-        return (features.float()[:, None] * self.weight).sum(-1) + self.bias
+        return (input.float()[:, None] * self.weight).sum(-1) + self.bias
 
 
 class LinearHead(nn.Module):
