@@ -66,7 +66,7 @@ VERBS: dict[str, Verb] = {
         "finetune",
         (
             "maekit finetune runs/a --data my_classes --labels 10/class --out runs/b",
-            "maekit finetune --from-scratch --data my_classes --out runs/c",
+            "maekit finetune --from-scratch --data my.csv --task regression --label-column age",
         ),
     ),
     "partial": Verb(

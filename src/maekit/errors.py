@@ -24,6 +24,7 @@ HINTS = {
     "E-DATA-LIST": "one path a line, or a header with path and label",
     "E-DATA-COLUMN": "maekit data PATH shows what is there",
     "E-DATA-LABELS": "maekit data PATH shows what is there",
+    "E-DATA-TARGETS": "mend the cell, or another --label-column",
     "E-ENV-OUT": "another --out",
 }
 """What to try where the place that raises the error knows nothing better."""

@@ -72,7 +72,7 @@ def test_columns_of_0_and_1_are_a_tag_each(tmp_path: Path) -> None:
         "Edema": [1, 0, 1],
         "Nodule": [0, 1, 1],
     }
-    assert table(open_source(path, form=TAGS, label_column="Nodule")) == {"Nodule": [0, 1, 1]}
+    assert table(open_source(path, form=TAGS, label_column="Nodule,Nodule,")) == {"Nodule": [0, 1, 1]}
 
 
 def test_numbers_are_read_as_double_in_the_order_of_the_paths(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import maekit as package
 from maekit.data.image import read_image
-from maekit.data.source import Source, Targets
+from maekit.data.source import DatasetSource, Source, Targets
 from maekit.data.sources import Form, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_classifier
@@ -213,12 +213,34 @@ def test_views_are_averaged_as_probabilities_of_tags_and_as_numbers() -> None:
     torch.testing.assert_close(goal.said(outputs), torch.tensor([[12.3, -65.0]]).double())
 
 
+def test_numbers_keep_their_digits_in_half_precision(
+    measured: tuple[Path, dict[str, Any]], numbers: dict[str, Any]
+) -> None:
+    """In bf16 a plain head that says a thousand lit pixels would say them in steps of 4 or 8."""
+    found, images = load_classifier(measured[0]), torch.rand(64, 1, 28, 28)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        said = found.model(images)[:, 1]
+    assert said.dtype == torch.float32 and (said % 1 != 0).double().mean() > 0.9 and len(said.unique()) > 60
+
+
 def test_a_task_brings_defaults_that_fit_it() -> None:
     plain, tags, numbers = (Finetune(task=task) for task in ("classes", "multilabel", "regression"))  # type: ignore[arg-type]
     assert (plain.loss, plain.mixup, plain.cutmix, plain.label_smoothing) == ("cross-entropy", 0.8, 1.0, 0.1)
     assert (tags.loss, tags.mixup, tags.cutmix, tags.label_smoothing) == ("bce", 0.8, 1.0, 0.0)
     assert (numbers.loss, numbers.mixup, numbers.cutmix, numbers.label_smoothing) == ("mse", 0.0, 0.0, 0.0)
     assert Finetune(task="multilabel", label_smoothing=0.2, mixup=0.0).label_smoothing == 0.2
+
+
+def test_values_of_ones_own_dataset_are_learned_from_python(base: dict[str, Any], tmp_path: Path) -> None:
+    images = [np.full((28, 28), shade, dtype=np.uint8) for shade in range(0, 250, 5)]
+    settings = {**base, "task": "regression", "loss": "huber", "epochs": 2, "out": tmp_path / "run"}
+    bare = DatasetSource(images)
+    with pytest.raises(MaekitError, match="images without targets"):
+        package.finetune(settings, splits=(bare, bare))
+    whole = bare.with_targets(Targets(["shade"], np.arange(0, 250, 5.0)[:, None]))
+    done = package.finetune(settings, splits=(whole.subset(range(40)), whole.subset(range(40, 50))))
+    assert done.metrics["val_images"] == 10 and {"mae", "rmse", "r2"} <= done.metrics.keys()
+    assert "R2" in done.text and "MAE" in done.text
 
 
 @pytest.mark.parametrize(

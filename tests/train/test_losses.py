@@ -74,7 +74,7 @@ def test_the_loss_of_tags_is_binary_cross_entropy_smoothed_towards_one_half() ->
 def test_images_with_a_tag_weigh_as_much_as_those_without() -> None:
     tags = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]).float()
     weights = tag_weights(tags)
-    assert weights.tolist() == [3.0, 1.0, 0.0]
+    assert weights.tolist() == [3.0, 1.0, 1.0]
     one = tag_loss(torch.zeros(4, 1), tags[:, :1], weights=weights[:1]) * 4 / F.softplus(torch.zeros(())).item()
     torch.testing.assert_close(one, torch.tensor(6.0))
 

@@ -46,7 +46,8 @@ def columns_of(asked: str | None, present: Sequence[str]) -> list[str] | None:
     """
     if asked is None:
         return None
-    return [asked] if asked in present else [name.strip() for name in asked.split(",")]
+    parts = [name.strip() for name in asked.split(",") if name.strip()]
+    return [asked] if asked in present or not parts else list(dict.fromkeys(parts))
 
 
 def read_targets(

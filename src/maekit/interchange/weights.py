@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from maekit.errors import MaekitError
 from maekit.interchange.card import Origin, origin, refuse_other_card, write_card
@@ -32,7 +33,7 @@ from maekit.interchange.names import Row
 from maekit.interchange.reading import Hints, Reading, check, expected_tensors
 from maekit.interchange.said import contradiction
 from maekit.model.encoder import create_encoder, geometry
-from maekit.model.heads import encoder_spec
+from maekit.model.heads import ExactLinear, encoder_spec
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.settings import FORMAT
 from maekit.train import checkpoint
@@ -297,8 +298,10 @@ def as_classifier(reading: Reading) -> Classifier:
         )
     model = create_encoder(**encoder_spec(reading.spec), num_classes=reading.num_classes(), pool=reading.pool).eval()
     model.load_state_dict(reading.tensors)
-    assert model.pos_embed is not None
+    assert model.pos_embed is not None and isinstance(model.head, nn.Linear)
     model.pos_embed.requires_grad_(True)
+    if reading.task == "regression":
+        model.head = ExactLinear.instead_of(model.head)
     return Classifier(model, reading.classes, reading.spec, reading.task)
 
 

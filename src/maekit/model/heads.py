@@ -1,4 +1,4 @@
-"""What sits on the encoder afterwards: a classifier to fine-tune, linear and attentive heads to probe with.
+"""What sits on the encoder afterwards: a classifier to fine-tune, linear and attentive heads to probe with, numbers.
 
 B batch, N patches, D token width.
 """
@@ -103,6 +103,24 @@ def _take_over(classifier: VisionTransformer, weights: dict[str, Tensor]) -> Non
     dropped = set(weights) - set(theirs)
     assert all(name.startswith(("head.", "fc_norm.")) for name in missing), missing
     assert all(name.startswith("norm.") for name in dropped), dropped
+
+
+class ExactLinear(nn.Linear):
+    """A linear layer that computes in float32 whatever autocast says: the head of numbers.
+
+    bf16 keeps 8 bits, so a number around 2000 would come in steps of 8.
+    """
+
+    @staticmethod
+    def instead_of(layer: nn.Linear) -> "ExactLinear":
+        """Return one with the parameters of `layer` themselves; nothing is drawn."""
+        made = ExactLinear(layer.in_features, layer.out_features, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (B, outputs) of features (B, D); products and sums by element, which autocast leaves alone."""
+        return (input.float()[:, None] * self.weight).sum(-1) + self.bias
 
 
 class LinearHead(nn.Module):

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from maekit.data.augment import EvalView, FinetuneView, default_crop_pct
 from maekit.data.sources import Source, hold_out
 from maekit.errors import MaekitError
 from maekit.interchange.weights import as_model, metadata, read_weights, without_head
-from maekit.model.heads import classifier, freeze_below
+from maekit.model.heads import ExactLinear, classifier, freeze_below
 from maekit.model.mae import MaskedAutoencoder, at_size, create_model
 from maekit.report.classification import Scored
 from maekit.seeds import seed_all
@@ -156,6 +157,9 @@ def _classifier(settings: Finetune, origin: MaskedAutoencoder, num_classes: int)
     model = classifier(
         origin, num_classes, pool=settings.pool, drop_path=settings.drop_path, pretrained=not settings.from_scratch
     )
+    if settings.task == "regression":
+        assert isinstance(model.head, nn.Linear)
+        model.head = ExactLinear.instead_of(model.head)
     model.train()
     if settings.tune_blocks != "all":
         freeze_below(model, settings.tune_blocks)

@@ -118,12 +118,14 @@ class Tags:
             if erase is not None:
                 images = erase(images)
             if mixup is not None:
-                # as classes the images' own numbers: what comes back is how much of which image each is
+                # as classes the images' own numbers: on the diagonal comes back how much of itself each image still is,
+                # the rest is of its reverse; no matrix product, which would round shares in half precision
                 count, times = len(images), 1 + len(images) % 2
                 mixup.num_classes = count * times
                 numbers = torch.arange(count * times, device=images.device)
                 images, shares = mixup(images.repeat(times, 1, 1, 1), numbers)
-                images, tags = images[:count], shares[:count].to(tags.dtype) @ tags.repeat(times, 1)
+                own, tags = shares.diagonal().to(tags.dtype)[:, None], tags.repeat(times, 1)
+                images, tags = images[:count], (own * tags + (1 - own) * tags.flip(0))[:count]
             return {"loss": tag_loss(module(images), tags, smoothing=settings.label_smoothing, weights=weights)}
 
         return step

@@ -43,10 +43,11 @@ def tag_weights(tags: Tensor) -> Tensor:
     """Return a weight (K,) for images with a tag, those without / those with, so that both weigh the same together.
 
     Args:
-        tags: (n, K), 0 and 1 of all training images; a tag that none has, which no image asks for, weighs 1.
+        tags: (n, K), 0 and 1 of all training images; a tag that none or all have weighs 1.
     """
     count = tags.double().sum(0)
-    return torch.where(count > 0, (len(tags) - count) / count.clamp(min=1), 1.0).float()
+    without = len(tags) - count
+    return torch.where((count > 0) & (without > 0), without / count.clamp(min=1), 1.0).float()
 
 
 def tag_loss(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, weights: Tensor | None = None) -> Tensor:
