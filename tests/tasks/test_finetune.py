@@ -424,7 +424,8 @@ def test_views_at_the_score_are_averaged_as_probabilities(
     from maekit.tasks.scoring import scorer
     from maekit.train.device import World
 
-    model, names, spec = load_classifier(whole[0])
+    found = load_classifier(whole[0])
+    model, names, spec = found.model, found.classes, found.spec
     val = open_source(classes, "val", classes=names).subset(range(0, 100, 9))
     mean, std = tuple(spec["mean"]), tuple(spec["std"])
     here = World(0, 1, torch.device("cpu"))
@@ -452,7 +453,8 @@ def test_three_processes_score_each_image_once_and_as_one_does(
     words = flags({**settings, "select": "held-out", "nproc": 3, "batch_size": 9, "layer_decay": 0.75})
     done = maekit("finetune", base["run"], *words, "--json")
     assert done.code == 0, done.stderr
-    model, names, spec = load_classifier(tmp_path / "run")
+    found = load_classifier(tmp_path / "run")
+    model, names, spec = found.model, found.classes, found.spec
     here, val = World(0, 1, torch.device("cpu")), open_source(classes, "val", classes=names)
     judged = scorer(val, (28, 28), tuple(spec["mean"]), tuple(spec["std"]), here, workers=0).judged(model)
     assert len(judged.labels) == 100
