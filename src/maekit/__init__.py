@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maekit.errors import MaekitError
-    from maekit.interchange.weights import load_model, save_model
+    from maekit.interchange.weights import load_classifier, load_model, save_model
     from maekit.model.mae import MaskedAutoencoder, create_model
     from maekit.settings import (
         Compare,
@@ -84,6 +84,7 @@ __all__ = [
     "finetune",
     "inspect",
     "knn",
+    "load_classifier",
     "load_model",
     "lowshot",
     "partial",
@@ -99,7 +100,7 @@ __all__ = [
 
 _HOMES = {
     "maekit.errors": ("MaekitError",),
-    "maekit.interchange.weights": ("load_model", "save_model"),
+    "maekit.interchange.weights": ("load_classifier", "load_model", "save_model"),
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
     "maekit.settings": (
         "Compare",

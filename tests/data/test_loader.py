@@ -167,6 +167,19 @@ def test_a_sweep_covers_each_sample_once(source: Source, world: int, workers: in
     assert [i for batch in parts[0] for i in batch["ids"].tolist()] == list(range(0, COUNT, world))
 
 
+@pytest.mark.parametrize("world", [1, 2, 7])
+def test_sweeps_of_parts_cover_each_part_once(source: Source, world: int) -> None:
+    parts = [range(0, 10), range(10, 13), range(20, COUNT)]
+    found: list[set[int]] = [set(), set(), set()]
+    for rank in range(world):
+        mine = loader(source, view=EvalView((8, 8), 1.0), rank=rank, world=world, micro_batch=4, workers=0)
+        for part, batches in zip(found, mine.sweeps(parts), strict=True):
+            ids = [i for batch in batches for i in batch["ids"].tolist()]
+            assert ids and ids == sorted(ids)  # at least one, for the exchange with other processes
+            part |= set(ids)
+    assert found == [set(part) for part in parts]
+
+
 def test_images_are_normalised_by_mean_and_std(source: Source) -> None:
     view = EvalView((8, 8), 1.0)
     (batch,) = loader(source, view=view, micro_batch=100).sweep()

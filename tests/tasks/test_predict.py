@@ -187,6 +187,18 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bytes(
     assert (tmp_path / "p.parquet").read_bytes() == (tmp_path / "q.parquet").read_bytes()
 
 
+def test_on_a_full_disk_it_stops_and_goes_on(maekit: Run, trained: Path, tmp_path: Path) -> None:
+    words = ["predict", trained, "--data", "builtin:fashion", "--limit", 2048, "--workers", 0, "--device", "cpu"]
+    words += ["--out", tmp_path / "p.parquet"]
+    done = maekit(*words, file_size=80_000)  # enough for a part
+    assert done.code == 75 and "E-STOP-DISK" in done.stderr and "same command goes on" in done.stderr, done.stderr
+    assert not (tmp_path / "p.parquet").exists()
+    done = maekit(*words)
+    assert done.code == 0 and "going on after 2048 of 2048" in done.stderr
+    assert pq.read_table(tmp_path / "p.parquet").num_rows == 2048
+    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
 def left_behind(predict: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Leave both parts of 100 images behind: the picture cannot be written."""
     monkeypatch.setattr(streamed, "PART_ROWS", 64)

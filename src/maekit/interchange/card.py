@@ -204,13 +204,12 @@ def _loading(reading: Reading, to: str, name: str) -> str:
     if to in GRAPHS:
         return _snippet(*GRAPHS[to], name)
     verb = "load_classifier" if reading.kind == "classifier" else "load_model"
-    home = "maekit.interchange.weights" if reading.kind == "classifier" else "maekit"
     hugging = {
         "classifier": "ViTForImageClassification",
         "encoder": "ViTMAEModel",
         "mae": "ViTMAEForPreTraining",
     }[reading.kind]
-    parts = [_snippet("maekit", f'from {home} import {verb}\nmodel = {verb}("{{}}")', name)]
+    parts = [_snippet("maekit", f'from maekit import {verb}\nmodel = {verb}("{{}}")', name)]
     others = {
         "timm": ("timm-folder", 'import timm\nmodel = timm.create_model("local-dir:{}", pretrained=True)'),
         "transformers": ("hf-folder", f'from transformers import {hugging}\nmodel = {hugging}.from_pretrained("{{}}")'),

@@ -15,18 +15,19 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from maekit.config import load_yaml
 from maekit.errors import MaekitError
 from maekit.interchange.card import Origin, origin, refuse_other_card, write_card
 from maekit.interchange.card import card as model_card
+from maekit.interchange.classifier import Classifier
 from maekit.interchange.files import READABLE, Tensors, read_file
 from maekit.interchange.foreign import recognise
 from maekit.interchange.names import Row
@@ -84,23 +85,6 @@ class Header(BaseModel):
     task: Literal["classes", "multilabel", "regression"] = "classes"
     target_mean: list[float] | None = None
     target_std: list[float] | None = None
-
-
-class Classifier(NamedTuple):
-    """A fine-tuned model with what it needs to be used.
-
-    Attributes:
-        model: timm's, with head, in eval mode.
-        classes: names in the order of the outputs: of classes, tags or numbers; empty if they had none.
-        spec: of the autoencoder it came from: geometry, mean and std of the images.
-        task: what the outputs are: "classes": logits of a softmax; "multilabel": of a sigmoid each; "regression":
-            numbers in the user's units.
-    """
-
-    model: VisionTransformer
-    classes: list[str]
-    spec: dict[str, Any]
-    task: str = "classes"
 
 
 def metadata(
@@ -236,8 +220,7 @@ def as_model(reading: Reading, *, random_init: bool = False) -> MaskedAutoencode
             f"{reading.path}",
             found="a fine-tuned classifier",
             expected="a masked autoencoder or its encoder",
-            hint="the weights it was fine-tuned from, finetune --new-head, or load_classifier of "
-            "maekit.interchange.weights",
+            hint="the weights it was fine-tuned from, finetune --new-head, or maekit.load_classifier",
         )
     if reading.kind == "encoder":
         _limit(reading.spec)
@@ -270,7 +253,9 @@ def without_head(reading: Reading) -> MaskedAutoencoder:
 
 
 def load_classifier(path: str | Path, hints: Hints = NO_HINTS) -> Classifier:
-    """Load what ``maekit finetune`` made, or a fine-tuned file of another library, on the CPU.
+    """Load what ``maekit finetune`` made, or a fine-tuned file of another library, on the CPU, in eval mode.
+
+    ``load_classifier(path)(images)`` gives probabilities (B, classes), see `Classifier.forward`; ``.model`` is timm's.
 
     Args:
         path: the run folder, one checkpoint's folder, or anything `read_weights` reads that has a head.
@@ -279,11 +264,15 @@ def load_classifier(path: str | Path, hints: Hints = NO_HINTS) -> Classifier:
     Raises:
         MaekitError: as `read_weights`; E-CKPT-KIND for weights without a head.
     """
-    return as_classifier(read_weights(path, hints))
+    return as_classifier(read_weights(path, hints), _crop_of_run(Path(path)))
 
 
-def as_classifier(reading: Reading) -> Classifier:
+def as_classifier(reading: Reading, crop_pct: float | None = None) -> Classifier:
     """Build the classifier of weights that were read, in eval mode.
+
+    Args:
+        reading: of weights with a head.
+        crop_pct: part of the resized image that it sees; None: the usual one.
 
     Raises:
         MaekitError: E-CKPT-KIND for weights without a head.
@@ -302,7 +291,14 @@ def as_classifier(reading: Reading) -> Classifier:
     model.pos_embed.requires_grad_(True)
     if reading.task == "regression":
         model.head = ExactLinear.instead_of(model.head)
-    return Classifier(model, reading.classes, reading.spec, reading.task)
+    return Classifier(model, reading.classes, reading.spec, crop_pct, reading.task).eval()
+
+
+def _crop_of_run(path: Path) -> float | None:
+    """Return the crop that a run of ``finetune`` was scored with, None where it was the usual one."""
+    file = path / "config.yaml"
+    value = load_yaml(file).get("crop_pct") if file.is_file() else None
+    return None if value is None else float(value)
 
 
 def save_reading(reading: Reading, path: Path) -> None:

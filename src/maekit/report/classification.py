@@ -94,7 +94,7 @@ def classification_report(
         sections=[
             _scores(scored, len(classes)),
             Section("What was run", facts=run_facts(config, model, records, "classes")),
-            Section("Curves", figures=[Figure(drawn, "Loss, learning rate and scores.")] if drawn else []),
+            *([Section("Curves", figures=[Figure(drawn, "Loss, learning rate and scores.")])] if drawn else []),
             Section("Classes", tables=[_class_table(matrix, classes)]),
             Section("What is confused", figures=figures),
             _calibration(bins),

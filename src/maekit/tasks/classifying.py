@@ -13,8 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
-from maekit.config import load_yaml
-from maekit.data.augment import default_crop_pct
 from maekit.data.loader import Batch, Loader, View
 from maekit.data.sources import Source, Split, open_source
 from maekit.errors import MaekitError
@@ -74,24 +72,22 @@ def load_subject(path: Path | None, here: World, *, crop_pct: float | None, prec
     if path is None:
         raise MaekitError("E-USAGE-RUN", "no classifier named", hint="a run of maekit finetune as first argument")
     found = load_classifier(path)
+    if found.task != "classes":
+        raise MaekitError(
+            "E-CKPT-KIND", f"{path}", found=f"a model for --task {found.task}", expected="a classifier: one class each",
+            hint="in Python: maekit.load_classifier(RUN)(images); its scores stand in the run's report.html",
+        )  # fmt: skip
     digest = checkpoint.state_sha256({"model": found.model.state_dict()}, {})
-    size = (int(found.spec["img_size"][0]), int(found.spec["img_size"][1]))
     return Subject(
         found.model.to(here.device),
         found.classes,
-        size,
+        found.size,
         tuple(found.spec["mean"]),
         tuple(found.spec["std"]),
-        crop_pct or _crop_of_run(path) or default_crop_pct(size),
+        crop_pct or found.crop_pct,
         resolve_precision(precision, here.device, found.model.embed_dim),
         digest,
     )
-
-
-def _crop_of_run(path: Path) -> float | None:
-    file = path / "config.yaml"
-    value = load_yaml(file).get("crop_pct") if file.is_file() else None
-    return None if value is None else float(value)
 
 
 def labelled(settings: Any, scored: Subject) -> Source:

@@ -14,7 +14,6 @@ from maekit.data.imagenet import corrupted_folders, is_imagenet, output_of
 from maekit.data.loader import Loader
 from maekit.data.sources import Source, open_source
 from maekit.errors import MaekitError
-from maekit.interchange.weights import read_weights
 from maekit.report.files import write_whole
 from maekit.report.robustness import corruption_rows, draw_corruptions, published
 from maekit.report.tables import to_csv, to_markdown
@@ -62,8 +61,6 @@ def score_corruptions(settings: Robustness, scored: Subject, run: Run, here: Wor
 def load(settings: Robustness, path: Path | None, here: World) -> Subject:
     """Load a classifier; the files of ImageNet-C are the crops already, so nothing is cut off them."""
     crop = settings.crop_pct or (1.0 if settings.protocol == "in-c" else None)
-    if path is not None and (task := read_weights(path).task) != "classes":
-        raise MaekitError("E-CKPT-KIND", f"{path}", found=f"a model for --task {task}", expected="a classifier")
     return load_subject(path, here, crop_pct=crop, precision=settings.precision)
 
 

@@ -13,6 +13,7 @@ from maekit.data.augment import EvalView
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.report.classification import Scored, classification_report
+from maekit.scores.measures import measures
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.classifying import begin, load_subject, open_labelled
@@ -90,7 +91,7 @@ def _score(settings: Finetune, val: Source | None, run: Run, here: World) -> Res
     kept = Kept(Answers.of(subject.num_outputs, None))
     found = Scored("", "the weights as they are", score.judged(subject.model, kept))
     metrics: dict[str, Any] = {"run": str(run.path), "weights": str(settings.run), "weights_sha256": subject.digest}
-    metrics |= found.metrics(subject.num_outputs) | {"val_images": len(val)}
+    metrics |= found.metrics(measures(found.judged, subject.num_outputs)) | {"val_images": len(val)}
     kept.write(run.path, Truth.of(val, subject.classes, subject.num_outputs), here)
     if here.is_main:
         view = EvalView(subject.size, subject.crop_pct)

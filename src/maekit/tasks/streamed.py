@@ -7,6 +7,7 @@ parts are read one after the other into FILE, which is whole or absent, and dele
 memory, and a kill costs at most one.
 """
 
+import errno
 import json
 import logging
 import math
@@ -50,6 +51,7 @@ PART_ROWS = 1024
 """Images of a part, rounded up to whole passes: seconds to minutes of work, one small file."""
 PART_BYTES = 64 * 2**20
 """A part of long rows, as all tokens of an image are, has fewer."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPEAK_EVERY = 30.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -178,8 +180,8 @@ def stream(out: Path, work: Work, here: World, finish: Callable[[Parts], None]) 
         None when the file is written; after a signal the result of a stop, with exit code 75.
 
     Raises:
-        MaekitError: E-ENV-OUT, E-ENV-BUSY if another process is at work on the same file, E-DATA-BAD, and what
-            ``work.rows`` and `finish` raise.
+        MaekitError: E-ENV-OUT, E-STOP-DISK where the disk is full and there are parts, E-ENV-BUSY if another process is
+            at work on the same file, E-DATA-BAD, and what ``work.rows`` and `finish` raise.
         SystemExit: 130 or 143 if it was stopped before there was a part.
     """
     folder = out.with_name(f".{out.name}.parts")
@@ -199,6 +201,14 @@ def stream(out: Path, work: Work, here: World, finish: Callable[[Parts], None]) 
                 finish(parts)
                 shutil.rmtree(folder)
             here.barrier()
+        except MaekitError as error:
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+            if not full or not any(folder.glob("part-*")):
+                raise
+            raise MaekitError(
+                "E-STOP-DISK", f"cannot write {out}", found=error.__cause__,
+                hint="free some space, then the same command goes on from the parts that are there",
+            ) from error  # fmt: skip
         finally:
             if here.is_main and folder.exists() and not any(folder.glob("part-*")):
                 shutil.rmtree(folder, ignore_errors=True)
