@@ -196,6 +196,8 @@ def _result(settings: Predict, out: Path, source: Source, found: _Found) -> Resu
         metrics["top1"] = found.right / found.images
         seen = " (those it was trained on too: --split val for the others)" if _trained_on(settings) else ""
         lines.append(f"top-1 {metrics['top1']:.4f}{seen}")
+    elif strange := found.truth.strange:
+        lines.append(f"no top-1: {len(strange)} classes of the data are not the classifier's, as {strange[0]!r}")
     return Result(metrics, "\n".join(lines))
 
 
