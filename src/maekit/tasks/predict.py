@@ -185,10 +185,10 @@ def _result(settings: Predict, out: Path, source: Source, found: _Found) -> Resu
     }
     skipped = f", {metrics['skipped']} skipped" if metrics["skipped"] else ""
     lines = [f"{out}: {found.images} images{skipped}; predicted:"]
-    lines += [f"  {count:>9,}  {clean(name, 60)}" for count, name in counts[:SHOWN_CLASSES]]
-    if len(counts) > SHOWN_CLASSES:
-        rest = sum(count for count, _ in counts[SHOWN_CLASSES:])
-        lines.append(f"  {rest:>9,}  of {len(counts) - SHOWN_CLASSES} other classes")
+    said = counts if len(counts) <= SHOWN_CLASSES else [pair for pair in counts if pair[0]]
+    lines += [f"  {count:>9,}  {clean(name, 60)}" for count, name in said[:SHOWN_CLASSES]]
+    if rest := said[SHOWN_CLASSES:]:
+        lines.append(f"  {sum(count for count, _ in rest):>9,}  of {len(rest)} other classes")
     if settings.grid is not None:
         metrics["grid"] = str(settings.grid)
         lines.append(f"picture: {settings.grid}")
