@@ -185,10 +185,10 @@ def _result(settings: Predict, out: Path, source: Source, found: _Found) -> Resu
     }
     skipped = f", {metrics['skipped']} skipped" if metrics["skipped"] else ""
     lines = [f"{out}: {found.images} images{skipped}; predicted:"]
-    lines += [f"  {count:>9,}  {clean(name, 60)}" for count, name in counts[:SHOWN_CLASSES]]
-    if len(counts) > SHOWN_CLASSES:
-        rest = sum(count for count, _ in counts[SHOWN_CLASSES:])
-        lines.append(f"  {rest:>9,}  of {len(counts) - SHOWN_CLASSES} other classes")
+    said = counts if len(counts) <= SHOWN_CLASSES else [pair for pair in counts if pair[0]]
+    lines += [f"  {count:>9,}  {clean(name, 60)}" for count, name in said[:SHOWN_CLASSES]]
+    if rest := said[SHOWN_CLASSES:]:
+        lines.append(f"  {sum(count for count, _ in rest):>9,}  of {len(rest)} other classes")
     if settings.grid is not None:
         metrics["grid"] = str(settings.grid)
         lines.append(f"picture: {settings.grid}")
@@ -196,6 +196,8 @@ def _result(settings: Predict, out: Path, source: Source, found: _Found) -> Resu
         metrics["top1"] = found.right / found.images
         seen = " (those it was trained on too: --split val for the others)" if _trained_on(settings) else ""
         lines.append(f"top-1 {metrics['top1']:.4f}{seen}")
+    elif strange := found.truth.strange:
+        lines.append(f"no top-1: {len(strange)} classes of the data are not the classifier's, as {strange[0]!r}")
     return Result(metrics, "\n".join(lines))
 
 

@@ -143,6 +143,12 @@ class Truth:
         """Whether every image has a true class that is the classifier's."""
         return bool(self.outputs) and None not in self.outputs
 
+    @property
+    def strange(self) -> list[str]:
+        """Names of classes that the classifier does not know."""
+        names = zip(self.source.classes or [], self.outputs, strict=False)
+        return [name for name, output in names if output is None]
+
     def label(self, index: int) -> int | None:
         """Return the true output of an image."""
         return None if self.source.labels is None else self.outputs[self.source.labels[index]]
