@@ -591,7 +591,7 @@ class Evaluate(Images, Labels, Kept, Machine):
 
 
 class Compare(Settings):
-    """Set two finished runs side by side: settings that differ, scores, and whether chance explains them."""
+    """Set two finished runs side by side: settings, scores, what chance explains."""
 
     positional: ClassVar[tuple[str, ...]] = ("a", "b")
 

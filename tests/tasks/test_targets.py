@@ -302,7 +302,9 @@ def test_converted_weights_give_the_same_numbers(
         return
     again = load_classifier(place)
     with torch.no_grad():
-        assert torch.equal(again.model(images), expected)
+        got = again.model(images)
+    assert torch.equal(got, expected) or to == "timm"
+    torch.testing.assert_close(got, expected)  # timm's head adds up in another order
     assert again.classes == ["brightness", "lit"] and again.task == ("regression" if to == "safetensors" else "classes")
 
 
