@@ -37,8 +37,10 @@ def test_a_difference_over_seeds_is_the_paired_t_test_of_scipy() -> None:
     assert found.p == pytest.approx(oracle.pvalue, rel=1e-6) and (found.paired, found.pairs) == ("seeds", 4)
 
 
-def test_differences_that_are_all_the_same_are_certain_or_none() -> None:
-    assert paired_over_seeds([0.75, 0.5], [0.5, 0.25]).p == 0 and paired_over_seeds([0.5, 0.25], [0.5, 0.25]).p == 1
+@pytest.mark.parametrize("second", [[0.4, 0.5, 0.6], [0.5, 0.6, 0.7]])
+def test_differences_that_are_all_the_same_say_nothing_of_chance(second: list[float]) -> None:
+    found = paired_over_seeds([0.5, 0.6, 0.7], second)
+    assert found.mean == pytest.approx(0.5 - second[0]) and (found.low, found.p, found.pairs) == (None, None, 3)
 
 
 def test_images_drawn_anew_give_the_interval_of_scipys_bootstrap_and_mcnemars_test() -> None:

@@ -30,10 +30,13 @@ def a_run(folder: Path, seed: int, lr: float, top1: float, right: list[bool] | N
 
 
 def predictions(path: Path, right: list[bool], first: int = 0) -> Path:
-    names = [f"{first + i}.png" for i in range(len(right))]
-    pq.write_table(
-        pa.table({"path": names, "label": [1] * len(right), "predicted_index": [int(one) for one in right]}), path
-    )
+    columns = {
+        "path": [f"{first + i}.png" for i in range(len(right))],
+        "label_name": ["b"] * len(right),
+        "label": [1] * len(right),
+        "predicted_index": [int(one) for one in right],
+    }
+    pq.write_table(pa.table(columns), path)
     return path
 
 
@@ -78,7 +81,10 @@ def test_what_is_no_pair_is_refused(pretrained: Path, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing.parquet"
     nothing.write_bytes(b"no parquet")
     unlabelled = tmp_path / "unlabelled.parquet"
-    pq.write_table(pa.table({"path": ["x"], "label": pa.array([None], pa.int64()), "predicted_index": [1]}), unlabelled)
+    pq.write_table(
+        pa.table({"path": ["x"], "label_name": ["y"], "label": pa.array([None], pa.int64()), "predicted_index": [1]}),
+        unlabelled,
+    )
     for sides, code, said in (
         (([a], []), "E-USAGE-RUN", "two runs"),
         (([a], [unfinished]), "E-CONFIG-RUN", "not finished"),
@@ -86,12 +92,17 @@ def test_what_is_no_pair_is_refused(pretrained: Path, tmp_path: Path) -> None:
         (([a], [tmp_path]), "E-CONFIG-RUN", "no run"),
         (([a], [pretrained]), "E-CONFIG-VERB", "evaluate"),
         (([a, b], [b]), "E-CONFIG-SEEDS", "2 and 1 runs"),
+        (([a, b], [b, a]), "E-CONFIG-SEEDS", "in the same order"),
+        (([a, a], [b, b]), "E-CONFIG-SEEDS", "a run twice"),
         (([nothing], [nothing]), "E-CONFIG-RUN", "no predictions"),
         (([unlabelled], [unlabelled]), "E-DATA-LABELS", "true class"),
     ):
         with pytest.raises(MaekitError, match=said) as error:
             package.compare({"a": sides[0], "b": sides[1]})
         assert error.value.code == code
+    with pytest.raises(MaekitError, match=r"other files: config\.yaml") as error:
+        package.compare({"a": [a], "b": [b], "out": a})
+    assert error.value.code == "E-CONFIG-OUT"
 
 
 def test_two_pretrainings_are_compared_too(pretrained: Path) -> None:

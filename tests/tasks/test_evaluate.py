@@ -78,7 +78,8 @@ def test_scores_that_are_there_are_kept_and_others_are_added(
     metrics = package.evaluate(base | QUICK | more).metrics
     assert list(metrics["arms"]) == ["mae", "again", "random weights"]  # type: ignore[call-overload]
     assert row(out, "knn")["arms"]["again"] == row(out, "knn")["arms"]["mae"] == row(table, "knn")["arms"]["mae"]
-    assert row(out, "knn")["differences"]["again"]["p"] == 1
+    assert row(out, "knn")["differences"]["again"]["p"] is None  # all differences 0: nothing is said of chance
+    assert row(out, "knn")["differences"]["again"]["mean"] == 0
     now = {file.name: file.stat().st_mtime_ns for file in (out / "scores").iterdir()}
     assert all(now[name] == stamp for name, stamp in stamps.items() if name != damaged.name)
     assert sum(name not in stamps for name in now) == 5 and now[damaged.name] != stamps[damaged.name]
@@ -93,11 +94,13 @@ def test_one_score_each_is_compared_over_the_images(pretrained: Path, base: dict
 
 
 def test_several_encoders_of_an_arm_are_its_seeds(pretrained: Path, base: dict[str, Any], tmp_path: Path) -> None:
-    arms = [f"mae={pretrained}", f"mae={pretrained / 'checkpoints' / 'step-40'}"]
+    before, last = sorted((pretrained / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    arms = [f"mae={last}", f"mae={before}"]
+    with pytest.raises(MaekitError, match="the same weights twice"):
+        package.evaluate(base | {"runs": [arms[0], f"mae={pretrained}"], "out": tmp_path / "t"})
     package.evaluate(base | {"runs": arms, "suite": ["knn"], "labels": "5/class", "seeds": 2, "out": tmp_path / "t"})
     found = row(tmp_path / "t", "knn")
     assert len(found["arms"]["mae"]["values"]) == 2 and found["differences"]["random weights"]["paired"] == "encoders"
-    assert found["arms"]["mae"]["values"][0] == found["arms"]["mae"]["values"][1]  # the same weights by two paths
     assert len(set(found["arms"]["random weights"]["values"])) == 2
 
 
@@ -125,6 +128,39 @@ def test_a_stopped_suite_goes_on_and_what_is_trained_pairs_by_seed(
     assert 0 <= row(out, "occlusion drop")["arms"]["run"]["mean"] <= 1
 
 
+def test_other_pixels_or_labels_under_the_same_names_are_measured_anew(
+    pretrained: Path, classes: Path, base: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = {
+        part: [f"{file.resolve()},{file.parent.name}" for file in sorted((classes / part).rglob("*.png"))]
+        for part in ("train", "val")
+    }
+
+    def measured(turn: int) -> float:
+        for part, lines in rows.items():
+            names = [line.split(",")[1] for line in lines]
+            moved = names[turn:] + names[:turn] if part == "train" else names
+            text = "".join(f"{line.split(',')[0]},{name}\n" for line, name in zip(lines, moved, strict=True))
+            (tmp_path / f"{part}.csv").write_text("path,label\n" + text)
+        asked = {"data": str(tmp_path / "train.csv"), "val_data": str(tmp_path / "val.csv"), "suite": ["knn"]}
+        package.evaluate(base | asked | {"runs": [str(pretrained)], "random_arm": False, "out": tmp_path / "t"})
+        return float(row(tmp_path / "t", "knn")["arms"]["run"]["mean"])
+
+    right, wrong = measured(0), measured(72)  # every label of the bank three classes off
+    assert right > wrong + 0.1
+
+
+def test_a_first_job_that_is_stopped_can_go_on(
+    maekit: Run, pretrained: Path, base: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "finetune.yaml"
+    recipe.write_text("epochs: 2\nbatch_size: 25\nauto_augment: none\nprecision: fp32\nstop_at: 1\n")
+    words = [pretrained, "--data", base["data"], "--device", "cpu", "--workers", 0, "--labels", "5/class"]
+    words += ["--suite", "finetune", "--seeds", 1, "--finetune", recipe, "--no-random-arm", "--out", tmp_path / "t"]
+    stopped = maekit("evaluate", *words, "--json")
+    assert stopped.code == 75 and stopped.json["jobs_done"] == 0, stopped.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
@@ -136,13 +172,24 @@ def test_a_stopped_suite_goes_on_and_what_is_trained_pairs_by_seed(
         ({"shots": [1, 100]}, "E-DATA-LABELS", "expected 100"),
         ({"suite": ["finetune"], "finetune": "builtin/pretrain-fashion"}, "E-CONFIG-RECIPE", "pretrain"),
         ({"suite": ["finetune"], "finetune": "scratch-vit-b16"}, "E-CONFIG-TASK", "from_scratch True"),
+        ({"runs": ["a={run}", "a"]}, "E-USAGE-RUN", "no such file"),
+        ({"runs": ["x" * 61 + "={run}"]}, "E-CONFIG-ARM", "up to 60 letters"),
+        ({"val_data": "{flat}"}, "E-DATA-LABELS", "have no labels"),
+        ({"suite": ["finetune"], "finetune": "{idle}"}, "E-CONFIG-IDLE", "mixup_prob"),
+        ({"suite": ["lars"], "probe": "{layers}"}, "E-CONFIG-BOTH", "layers"),
         ({"labels": "a few"}, "E-USAGE-LABELS", "a few"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is(
-    more: dict[str, Any], code: str, said: str, pretrained: Path, base: dict[str, Any], tmp_path: Path
+    more: dict[str, Any], code: str, said: str, pretrained: Path, flat: Path, base: dict[str, Any], tmp_path: Path
 ) -> None:
-    more = more | ({"runs": [each.format(run=pretrained) for each in more["runs"]]} if "runs" in more else {})
+    places = {"run": pretrained, "flat": flat, "idle": tmp_path / "idle.yaml", "layers": tmp_path / "layers.yaml"}
+    places["idle"].write_text("mixup: 0\ncutmix: 0\nmixup_prob: 0.5\n")
+    places["layers"].write_text("protocol: logistic\nlayers: all\n")
+    for name, value in more.items():
+        if name in ("runs", "finetune", "probe", "val_data"):
+            filled = [each.format(**places) for each in ([value] if isinstance(value, str) else value)]
+            more = more | {name: filled[0] if isinstance(value, str) else filled}
     with pytest.raises(MaekitError, match=said) as error:
         package.evaluate(base | {"runs": [str(pretrained)], "out": tmp_path / "out"} | more)
     assert error.value.code == code and not (tmp_path / "out").exists()

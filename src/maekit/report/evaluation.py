@@ -14,7 +14,7 @@ NOTE = (
     "confidence interval and p of no difference: a paired t-test over seeds (draws of the labels, or encoders where "
     "an arm has several), or, of one score each, a bootstrap over the images scored with McNemar's exact p. They are "
     "about what was drawn anew: seeds say nothing of other test images, images nothing of another pre-training. p is "
-    "not corrected for the number of rows."
+    "not corrected for the number of rows; beyond chance: p below .05."
 )
 
 
@@ -89,7 +89,7 @@ def differences_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[l
                 f"{found['low']:+.4f} to {found['high']:+.4f}" if known else None,
                 f"{found['p']:.2g}" if known else None,
                 f"{found['pairs']:,} {found['paired']}" if known else None,
-                ("yes" if found["low"] * found["high"] > 0 else "no") if known else None,
+                ("yes" if found["p"] < 0.05 else "no") if known else None,
             ])  # fmt: skip
     return ["measure", "minus", "difference", "95 % interval", "p", "paired over", "beyond chance"], cells
 

@@ -73,6 +73,8 @@ class Difference:
 def paired_over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Compare scores that belong together one by one, as of the same seed: a paired t-test, as ``scipy.ttest_rel``.
 
+    Where all differences are the same nothing is said of chance: a spread of none knows nothing of it.
+
     Args:
         first: scores of one arm, two or more.
         second: of the other, in the same order.
@@ -82,10 +84,9 @@ def paired_over_seeds(first: Sequence[float], second: Sequence[float]) -> Differ
     assert half is not None
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     freedom = len(differences) - 1
-    if error == 0:
-        p = 1.0 if mean == 0 else 0.0
-    else:
-        p = 1 - _mass(math.atan(abs(mean) / error / math.sqrt(freedom)), freedom) / _mass(math.pi / 2, freedom)
+    if error < 1e-12 * max(abs(mean), 1):  # all the same: two scores in steps of 1 / images often are
+        return Difference(mean, paired="seeds", pairs=len(differences))
+    p = 1 - _mass(math.atan(abs(mean) / error / math.sqrt(freedom)), freedom) / _mass(math.pi / 2, freedom)
     return Difference(mean, mean - half, mean + half, min(1.0, max(0.0, p)), "seeds", len(differences))
 
 

@@ -26,20 +26,24 @@ KINDS: dict[str, type[Settings]] = {
 """Verbs that leave a run folder with one score a name."""
 
 
+NO_SCORES = ("images_per_second",)
+OURS = {"report.html", "table.csv", "table.md"}
+
+
 @dataclass(frozen=True)
 class Side:
     """One run, or the seeds of one.
 
     Attributes:
         verb: that made them; "predict" for files of predictions.
-        settings: of the first run; None for files.
+        settings: of each run; none for files.
         scores: name -> one value per run; those that all of them have.
         said: what the only run said of each image, None for several or where nothing was kept.
     """
 
     paths: list[Path]
     verb: str
-    settings: Settings | None
+    settings: list[Settings]
     scores: dict[str, list[float]]
     said: Predictions | None
 
@@ -70,22 +74,51 @@ def compare(settings: Compare | dict[str, Any]) -> Result:
             "E-CONFIG-SEEDS", "two arms", found=f"{len(a.paths)} and {len(b.paths)} runs",
             expected="as many of each, in the order of the seeds",
         )  # fmt: skip
+    seeds = [[getattr(one, "seed", None) for one in side.settings] for side in (a, b)]
+    if len(a.paths) > 1 and seeds[0] != seeds[1]:
+        raise MaekitError(
+            "E-CONFIG-SEEDS", "the seeds of two arms", found=f"{seeds[0]} and {seeds[1]}",
+            expected="the same in the same order: they are compared pair by pair",
+        )  # fmt: skip
     metrics: dict[str, Any] = {"a": [str(path) for path in a.paths], "b": [str(path) for path in b.paths]}
     metrics |= {"verb": a.verb, "rows": _rows(a, b), "settings": _settings(a, b)} | _images(a, b)
     if settings.out is not None:
+        _only_ours(settings.out)
         comparison_report(settings.out, metrics)
     end = f"\nthe report: {settings.out}/report.html" if settings.out is not None else ""
     return Result(metrics, told(metrics) + end)
 
 
+def _only_ours(folder: Path) -> None:
+    """Refuse to write over what another verb has written.
+
+    Raises:
+        MaekitError: E-CONFIG-OUT.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MaekitError("E-CONFIG-OUT", f"--out {folder}", found="a file", expected="a folder, or nothing yet")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in OURS) if folder.exists() else []
+    if others:
+        raise MaekitError(
+            "E-CONFIG-OUT", f"--out {folder}", found=f"other files: {', '.join(others[:3])}",
+            expected="a folder of its own", hint="another --out",
+        )  # fmt: skip
+
+
 def _side(paths: list[Path]) -> Side:
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise MaekitError(
+            "E-CONFIG-SEEDS", "seeds of one arm", found=f"a run twice: {', '.join(map(str, paths))}",
+            expected="runs of different seeds",
+        )  # fmt: skip
     runs = [_run(path) for path in paths]
     verbs = {verb for verb, *_ in runs}
     if len(verbs) > 1:
         raise MaekitError("E-CONFIG-VERB", "seeds of one arm", found=" and ".join(sorted(verbs)), expected="one verb")
     names = [name for name in runs[0][2] if all(name in scores for *_, scores, _ in runs)]
     scores = {name: [found[name] for *_, found, _ in runs] for name in names}
-    return Side(paths, runs[0][0], runs[0][1], scores, runs[0][3] if len(runs) == 1 else None)
+    settings = [found for _, found, *_ in runs if found is not None]
+    return Side(paths, runs[0][0], settings, scores, runs[0][3] if len(runs) == 1 else None)
 
 
 def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Predictions | None]:
@@ -105,7 +138,7 @@ def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Prediction
         metrics = dict(json.loads(result.read_text()))
     except ValueError as error:
         raise MaekitError("E-CONFIG-RUN", f"{result}", found="no JSON", hint="run the same command again") from error
-    found = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    found = {name: value for name, value in metrics.items() if isinstance(value, float) and name not in NO_SCORES}
     kept = path / FILE
     return verb, resolve(KINDS[verb], file=config)[0], found, read_predictions(kept) if kept.is_file() else None
 
@@ -126,7 +159,7 @@ def _rows(a: Side, b: Side) -> list[dict[str, Any]]:
 
 def _pairs(a: Side, b: Side) -> list[tuple[bool, bool]]:
     """Return of each image whether a and b got it right; nothing where they have not judged the same images."""
-    if a.said is None or b.said is None or a.said.paths != b.said.paths:
+    if a.said is None or b.said is None or a.said.images != b.said.images:
         return []
     return list(zip(a.said.right, b.said.right, strict=True))
 
@@ -146,6 +179,7 @@ def _images(a: Side, b: Side) -> dict[str, Any]:
 
 def _settings(a: Side, b: Side) -> dict[str, list[str]]:
     """Return the settings of the first runs that differ, as they are spelled."""
-    if a.settings is None or b.settings is None:
+    if not a.settings or not b.settings:
         return {}
-    return {name: [spell(one), spell(other)] for name, (one, other) in differences(a.settings, b.settings).items()}
+    found = differences(a.settings[0], b.settings[0])
+    return {name: [spell(one), spell(other)] for name, (one, other) in found.items()}

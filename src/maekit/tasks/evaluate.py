@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maekit import __version__
-from maekit.data.corrupt import corruptions
+from maekit.data.corrupt import check_pictures, corruptions
 from maekit.data.sources import Source, label_subset
-from maekit.errors import MaekitError
+from maekit.errors import MaekitError, clean
 from maekit.interchange.weights import load_model
 from maekit.model.mae import MaskedAutoencoder, check_pool
 from maekit.report.evaluation import evaluation_report, told
 from maekit.report.files import write_whole
-from maekit.scores.spread import Difference, bootstrapped, paired_over_seeds
-from maekit.settings import Evaluate
+from maekit.settings import Evaluate, Finetune
 from maekit.tasks import Result
+from maekit.tasks.feature_cache import changes_of
 from maekit.tasks.features import whole_splits
+from maekit.tasks.finetune import refuse_idle
+from maekit.tasks.probe import check_protocol
 from maekit.tasks.protocols import (
     FROZEN,
-    LOWER_IS_BETTER,
     ON_CLASSIFIER,
     PROBES,
     Arm,
@@ -46,10 +47,13 @@ from maekit.tasks.protocols import (
     finetune_settings,
     frozen,
     probe_settings,
+    resolve_named,
     robustness_settings,
     trained,
 )
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, same_data, typed
+from maekit.tasks.robustness import check_settings
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, typed
+from maekit.tasks.scoreboard import cost_of_arms, table_rows
 from maekit.tasks.training import default_out
 from maekit.train.checkpoint import state_sha256
 from maekit.train.device import World, world
@@ -58,9 +62,8 @@ log = logging.getLogger("maekit")
 
 RANDOM = "random weights"
 """Name of the arm that every other has to beat."""
-
-Values = dict[tuple[int, int, int], float]
-"""By number of the encoder, seed and draw."""
+LONGEST = 60
+"""Letters of an arm's name, which is part of file names."""
 
 
 def evaluate(settings: Evaluate | dict[str, Any]) -> Result:
@@ -90,13 +93,12 @@ def evaluate(settings: Evaluate | dict[str, Any]) -> Result:
         train, val = whole_splits(settings)
         jobs = _jobs(settings, arms, protocols)
         _check(settings, protocols, jobs, train)
-        models = {(arm.name, number): load_model(path) for arm in arms for number, path in enumerate(arm.runs)}
-        for model in models.values():
-            check_pool(model.encoder, settings.pool or "mean")
-        jobs = [_named(settings, job, models, train, val) for job in jobs]
+        encoders = _encoders(settings, arms, protocols)
+        data = [_data_digest(part) for part in (train, val)]
+        jobs = [_named(settings, job, encoders, [*data, here.device.type]) for job in jobs]
         run = open_run(settings.out or default_out("evaluate", settings.data), "evaluate", settings)
         again = replace(run, result=None)  # a finished table may have grown by an arm; what it holds costs nothing
-        return carry_out(again, lambda: _fill(settings, arms, jobs, models, train, val, again, here))
+        return carry_out(again, lambda: _fill(settings, arms, jobs, encoders, train, val, again, here))
 
 
 # ---------------------------------------------------------------------------------------------------- what to do
@@ -111,18 +113,23 @@ def _arms(settings: Evaluate) -> list[Arm]:
     if not settings.runs:
         raise MaekitError("E-USAGE-RUN", "no weights named", hint="maekit evaluate runs/a runs/b --data my_classes")
     found: dict[str, list[Path]] = {}
+    unnamed: set[str] = set()
     for word in settings.runs:
         name, equals, path = word.partition("=")
         if not equals or Path(word).exists():
             name, path = Path(word).name or str(Path(word).resolve().name), word
             if name in found:  # runs/a/seed0 and runs/b/seed0 are two arms; seeds of one are said to be by a name
                 name = word
+            unnamed.add(name)
         if not path or not Path(path).exists():
             raise MaekitError(
                 "E-USAGE-RUN", f"arm {word!r}", found="no such file or folder", expected="PATH or NAME=PATH"
             )
-        if not name or name == RANDOM or (not equals and name in found):
-            raise MaekitError("E-CONFIG-ARM", f"arm {word!r}", found=f"the name {name!r}", expected="a name of its own")
+        if not name or len(name) > LONGEST or name == RANDOM or (name in found and name in unnamed):
+            raise MaekitError(
+                "E-CONFIG-ARM", f"arm {clean(word, 100)!r}", found=f"the name {clean(name, 100)!r}",
+                expected=f"a name of its own, of up to {LONGEST} letters", hint="NAME=PATH",
+            )  # fmt: skip
         found.setdefault(name, []).append(Path(path))
     arms = [Arm(name, tuple(paths)) for name, paths in found.items()]
     return [*arms, Arm(RANDOM, arms[0].runs, random=True)] if settings.random_arm else arms
@@ -175,17 +182,86 @@ def _check(settings: Evaluate, protocols: Sequence[str], jobs: Sequence[Job], tr
         label_subset(train, f"{max(settings.shots)}/class")
     if "corruptions" in protocols:
         corruptions()
+    if "finetune" in protocols:
+        refuse_idle(finetune_settings(settings, jobs[0]))
+    for protocol in set(protocols) & set(PROBES):
+        check_protocol(probe_settings(settings, replace(jobs[0], protocol=protocol)))
+    for protocol in set(protocols) & set(ON_CLASSIFIER):
+        check_settings(robustness_settings(settings, replace(jobs[0], protocol=protocol)))
 
 
-def _named(
-    settings: Evaluate, job: Job, models: dict[tuple[str, int], MaskedAutoencoder], train: Source, val: Source
-) -> Job:
-    """Give a job the name of its file: what it is, and a digest of all that decides its scores."""
-    model = models[job.arm.name if not job.arm.random else next(iter(models))[0], job.number]
+@dataclass(frozen=True)
+class Encoder:
+    """What the table says of an encoder, so that no model has to stay in memory.
+
+    Attributes:
+        weights: digest of all of them.
+        spec: its architecture.
+        cost: parameters, gmac_per_image.
+    """
+
+    weights: str
+    spec: str
+    cost: dict[str, float]
+
+
+def _encoders(settings: Evaluate, arms: Sequence[Arm], protocols: Sequence[str]) -> dict[Path, Encoder]:
+    """Look at all weights once, by path.
+
+    Raises:
+        MaekitError: E-CKPT-, E-CONFIG-POOL, E-CONFIG-ARM for the same weights twice in one arm; for images too small
+            to be corrupted as `check_pictures`.
+    """
+    pools = {settings.pool or "mean"}
+    if "finetune" in protocols:
+        pools.add(settings.pool or resolve_named(Finetune, settings.finetune).pool)
+    found: dict[Path, Encoder] = {}
+    for path in {path for arm in arms for path in arm.runs}:
+        model = load_model(path)
+        for pool in pools:
+            check_pool(model.encoder, pool)
+        if "corruptions" in protocols:
+            check_pictures(torch.zeros(len(model.mean), *model.img_size, dtype=torch.uint8))
+        digest = state_sha256({"encoder": model.encoder.state_dict()}, {})
+        found[path] = Encoder(digest, json.dumps(model.spec, sort_keys=True, default=str), _cost(model))
+    for arm in arms:
+        if len({found[path].weights for path in arm.runs}) < len(arm.runs):
+            raise MaekitError(
+                "E-CONFIG-ARM", f"arm {arm.name!r}", found="the same weights twice: " + ", ".join(map(str, arm.runs)),
+                expected="encoders of different seeds",
+            )  # fmt: skip
+    return found
+
+
+def _cost(model: MaskedAutoencoder) -> dict[str, float]:
+    """Return what one image costs in the encoder: products counted, not timed."""
+    images = torch.zeros(1, len(model.mean), *model.img_size)
+    # attention as plain products: the counter does not know the fused kernel of the CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval().features(images)
+    return {
+        "parameters": sum(p.numel() for p in model.encoder.parameters()),
+        "gmac_per_image": counter.get_total_flops() / 2e9,
+    }
+
+
+def _data_digest(source: Source) -> str:
+    """Return a digest of images (names, sizes, times of change), labels and classes."""
+    told = [source.fingerprint(), changes_of(source), source.labels, source.classes]
+    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _named(settings: Evaluate, job: Job, encoders: dict[Path, Encoder], where: list[str]) -> Job:
+    """Give a job the name of its file: what it is, and a digest of all that decides its scores.
+
+    Args:
+        where: digests of the images, kind of device.
+    """
+    encoder = encoders[job.run]
     decides: dict[str, Any] = {
         "maekit": __version__,
-        "weights": _of_spec(model) if job.arm.random else state_sha256({"model": model.state_dict()}, {}),
-        "data": [train.fingerprint(), val.fingerprint()],
+        "weights": encoder.spec if job.arm.random else encoder.weights,
+        "where": where,
         "job": [job.protocol, job.labels, job.seed, job.number if job.arm.random else 0, settings.label_seed],
         "seed": settings.seed,
         "pool": settings.pool,
@@ -203,10 +279,6 @@ def _named(
     return replace(job, name="_".join(re.sub(r"[^\w.-]+", "-", word) for word in words))
 
 
-def _of_spec(model: MaskedAutoencoder) -> str:
-    return json.dumps(model.spec, sort_keys=True, default=str)
-
-
 def _deciding(settings: Any) -> dict[str, Any]:
     """Return the settings that change the numbers."""
     fields, values = type(settings).model_fields, settings.model_dump(mode="json")
@@ -221,22 +293,26 @@ def _deciding(settings: Any) -> dict[str, Any]:
 
 
 def _fill(
-    settings: Evaluate, arms: list[Arm], jobs: list[Job], models: dict[tuple[str, int], MaskedAutoencoder],
+    settings: Evaluate, arms: list[Arm], jobs: list[Job], encoders: dict[Path, Encoder],
     train: Source, val: Source, run: Run, here: World,
 ) -> Result:  # fmt: skip
-    fingerprint = train.fingerprint()
-    same_data(run, len(train), fingerprint)
-    describe(run, settings, Resolved(images=len(train), fingerprint=fingerprint, classes=train.classes))
+    describe(run, settings, Resolved(images=len(train), fingerprint=train.fingerprint(), classes=train.classes))
     kept = run.path / "scores"
     done = {job: outcome for job in jobs if (outcome := _read(kept / f"{job.name}.json")) is not None}
     if done:
         log.info("%d of %d scores are there already", len(done), len(jobs))
+    for job in [job for job in jobs if job not in done and job.protocol in ON_CLASSIFIER]:
+        classifier = _classifier(job, jobs)
+        if not (run.path / "runs" / classifier.name).exists():  # taken away: there is nothing to attack
+            done.pop(classifier, None)
     left = [job for job in jobs if job not in done]
-    costs = {arm.name: _cost(models[(arms[0] if arm.random else arm).name, 0]) for arm in arms}
+    if left:
+        (run.path / "result.json").unlink(missing_ok=True)
+    costs = {arm.name: encoders[arm.runs[0]].cost for arm in arms}
 
     def table() -> dict[str, Any]:
         metrics: dict[str, Any] = {"run": str(run.path), "arms": {a.name: [str(p) for p in a.runs] for a in arms}}
-        metrics |= {"rows": _rows(arms, jobs, done), "cost": _costs(costs, arms, done)}
+        metrics |= {"rows": table_rows(arms, jobs, done), "cost": cost_of_arms(costs, arms, done)}
         metrics |= {"train_images": len(train), "val_images": len(val), "jobs": len(jobs), "jobs_done": len(done)}
         evaluation_report(run.path, metrics)
         return metrics
@@ -246,8 +322,8 @@ def _fill(
             write_whole(kept / f"{job.name}.json", (json.dumps(asdict(outcome)) + "\n").encode())
             done[job] = outcome
             log.info("%d/%d %s: %s", len(done), len(jobs), _spoken(job), _said(outcome))
-    except (KeyboardInterrupt, SystemExit, Stopped):
-        if not done:
+    except (KeyboardInterrupt, SystemExit, Stopped) as stop:
+        if not done and not isinstance(stop, Stopped):
             raise
         table()
         log.info("stopped: %d of %d scores are kept; the same command goes on", len(done), len(jobs))
@@ -265,15 +341,14 @@ def _outcomes(
         yield from frozen(settings, list(of_one), train, val, here)
     for job in left:
         if job.protocol not in FROZEN:
-            yield job, trained(settings, job, folder, _classifier(job, jobs, folder), here)
+            attacked = folder / _classifier(job, jobs).name if job.protocol in ON_CLASSIFIER else None
+            yield job, trained(settings, job, folder, attacked, here)
 
 
-def _classifier(job: Job, jobs: Sequence[Job], folder: Path) -> Path | None:
+def _classifier(job: Job, jobs: Sequence[Job]) -> Job:
     """Return the fine-tune that a job attacks: that of the same encoder, labels and seed."""
-    if job.protocol not in ON_CLASSIFIER:
-        return None
     same = replace(job, protocol="finetune", name="")
-    return folder / next(other.name for other in jobs if replace(other, name="") == same)
+    return next(other for other in jobs if replace(other, name="") == same)
 
 
 def _read(path: Path) -> Outcome | None:
@@ -294,117 +369,3 @@ def _spoken(job: Job) -> str:
 def _said(outcome: Outcome) -> str:
     means = {measure: sum(values) / len(values) for measure, values in outcome.scores.items()}
     return ", ".join(f"{measure} {value:.4f}" for measure, value in means.items())
-
-
-# ----------------------------------------------------------------------------------------------------- the table
-
-
-def _rows(arms: Sequence[Arm], jobs: Sequence[Job], done: dict[Job, Outcome]) -> list[dict[str, Any]]:
-    """Return one row per measure and part of the labels, in the order of the protocols."""
-    order = {protocol: at for at, protocol in enumerate(dict.fromkeys(job.protocol for job in jobs))}
-    found = [
-        (order[job.protocol], job.labels or "all", measure)
-        for job, outcome in done.items()
-        for measure in outcome.scores
-    ]
-    lowshot = order.get("lowshot")
-    rows = []
-    for protocol, labels, measure in sorted(dict.fromkeys(found), key=lambda one: one[0]):
-        values = {arm.name: _values(arm, labels, measure, done) for arm in arms}
-        rows.append({
-            "measure": measure,
-            "labels": None if protocol == lowshot else labels,
-            "better": "lower" if measure in LOWER_IS_BETTER else "higher",
-            "arms": {name: summary(list(_units(found).values())) for name, found in values.items() if found},
-            "differences": {
-                arm.name: asdict(_difference(arms[0], arm, labels, measure, done))
-                for arm in arms[1:]
-                if values[arms[0].name] and values[arm.name]
-            },
-        })  # fmt: skip
-    return rows
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    """Return mean and standard deviation (n - 1; None for one value) with the values themselves."""
-    tensor = torch.tensor(values, dtype=torch.double)
-    return {
-        "mean": float(tensor.mean()),
-        "deviation": float(tensor.std()) if len(values) > 1 else None,
-        "values": values,
-    }
-
-
-def _values(arm: Arm, labels: str, measure: str, done: dict[Job, Outcome]) -> Values:
-    return {
-        (job.number, job.seed, draw): value
-        for job, outcome in done.items()
-        if job.arm == arm and (job.labels or "all") == labels
-        for draw, value in enumerate(outcome.scores.get(measure, []))
-    }
-
-
-def _units(values: Values) -> dict[tuple[int, ...], float]:
-    """Return what counts as independent: encoders where there are several, else seeds and draws of the one."""
-    numbers = sorted({number for number, *_ in values})
-    if len(numbers) < 2:
-        return dict(sorted(values.items()))
-    of = {number: [value for (which, *_), value in values.items() if which == number] for number in numbers}
-    return {(number,): sum(each) / len(each) for number, each in of.items()}
-
-
-def _difference(first: Arm, other: Arm, labels: str, measure: str, done: dict[Job, Outcome]) -> Difference:
-    """Compare over seeds where there are two or more of both arms, else over the images that both have judged."""
-    mine, theirs = (_units(_values(arm, labels, measure, done)) for arm in (first, other))
-    common = [unit for unit in mine if unit in theirs]
-    if len(common) > 1:
-        found = paired_over_seeds([mine[unit] for unit in common], [theirs[unit] for unit in common])
-        return replace(found, paired=_what_differs(common))
-    right = [
-        outcome.right[measure]
-        for arm in (first, other)
-        for job, outcome in done.items()
-        if job.arm == arm and (job.labels or "all") == labels and measure in outcome.right
-    ]
-    if len(right) == 2 and len(right[0]) == len(right[1]):
-        a, b = ([one == "1" for one in each] for each in right)
-        return bootstrapped(a, b)
-    return Difference(sum(mine.values()) / len(mine) - sum(theirs.values()) / len(theirs))
-
-
-def _what_differs(units: Sequence[tuple[int, ...]]) -> str:
-    if len(units[0]) == 1:
-        return "encoders"
-    return "draws" if len({draw for *_, draw in units}) > 1 else "seeds"
-
-
-def _cost(model: MaskedAutoencoder) -> dict[str, float]:
-    """Return what one image costs in the encoder: products counted, not timed."""
-    images = torch.zeros(1, len(model.mean), *model.img_size)
-    # attention as plain products: the counter does not know the fused kernel of the CPU
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval().features(images)
-    return {
-        "parameters": sum(p.numel() for p in model.encoder.parameters()),
-        "gmac_per_image": counter.get_total_flops() / 2e9,
-    }
-
-
-def _costs(
-    costs: dict[str, dict[str, float]], arms: Sequence[Arm], done: dict[Job, Outcome]
-) -> dict[str, dict[str, Any]]:
-    """Return by arm what one image costs, and of each protocol mean seconds of a job and peak memory in MiB."""
-    found: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        mine = {job: outcome for job, outcome in done.items() if job.arm == arm}
-        found[arm.name] = dict(costs[arm.name])
-        found[arm.name]["seconds"] = {
-            protocol: sum(each) / len(each)
-            for protocol in dict.fromkeys(job.protocol for job in mine)
-            if (each := [outcome.seconds for job, outcome in mine.items() if job.protocol == protocol])
-        }
-        features = [outcome.feature_seconds for outcome in mine.values() if outcome.feature_seconds]
-        if features:
-            found[arm.name]["seconds"] |= {"features": max(features)}
-        found[arm.name]["memory_mib"] = max((outcome.memory or 0.0 for outcome in mine.values()), default=0.0) or None
-    return found

@@ -90,6 +90,13 @@ def whole_splits(settings: Any) -> tuple[Source, Source]:
         classes=train.classes,
         **columns,
     )
+    if val.labels is None:
+        raise MaekitError(
+            "E-DATA-LABELS",
+            f"{val.name}, the images to score on, have no labels",
+            expected="the classes of the training images: class folders, a list with labels or a parquet label column",
+            hint="maekit data PATH",
+        )
     return train, val
 
 

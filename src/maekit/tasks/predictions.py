@@ -267,11 +267,11 @@ class Predictions:
     """What a classifier said of labelled images.
 
     Attributes:
-        paths: of the images.
+        images: name and true class of each.
         right: whether its class was the true one.
     """
 
-    paths: list[str]
+    images: list[tuple[str, str]]
     right: list[bool]
 
     def top1(self) -> float:
@@ -285,7 +285,7 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         MaekitError: E-CONFIG-RUN if it is none, E-DATA-LABELS if an image has no true class that the classifier has.
     """
-    names, columns = ["path", "label", "predicted_index"], None
+    names, columns = ["path", "label_name", "label", "predicted_index"], None
     with contextlib.suppress(pa.ArrowException, OSError, KeyError):
         table = pq.read_table(path, columns=names)
         columns = [table[name].to_pylist() for name in names]
@@ -293,10 +293,12 @@ def read_predictions(path: Path) -> Predictions:
         raise MaekitError(
             "E-CONFIG-RUN", f"{path}", found="no predictions", expected="a .parquet of maekit predict, or a run folder"
         )
-    paths, labels, said = columns
+    paths, classes, labels, said = columns
     if None in labels:
         raise MaekitError(
             "E-DATA-LABELS", f"{path}", found=f"{labels.count(None)} images without a class that the classifier has",
             expected="a true class of each", hint="maekit predict with labelled images of its classes",
         )  # fmt: skip
-    return Predictions(paths, [label == one for label, one in zip(labels, said, strict=True)])
+    return Predictions(
+        list(zip(paths, classes, strict=True)), [label == one for label, one in zip(labels, said, strict=True)]
+    )

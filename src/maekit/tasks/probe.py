@@ -38,7 +38,7 @@ def probe(settings: Probe | dict[str, Any]) -> Result:
         MaekitError: E-USAGE-, E-DATA-, E-CKPT-, E-CONFIG-, E-NUM-FEATURES.
     """
     settings = typed(Probe, settings)
-    _check_protocol(settings)
+    check_protocol(settings)
     with world(settings.device) as here:
         if settings.protocol != "logistic":
             run = open_run(settings.out or default_out("probe", settings.data), "probe", settings)
@@ -49,7 +49,7 @@ def probe(settings: Probe | dict[str, Any]) -> Result:
         return carry_out(run, lambda: _logistic(settings, run, here))
 
 
-def _check_protocol(settings: Probe) -> None:
+def check_protocol(settings: Probe) -> None:
     """Refuse settings that the protocol has no use for.
 
     Raises:

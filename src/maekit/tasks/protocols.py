@@ -36,8 +36,6 @@ PROTOCOLS = (*FROZEN, *PROBES, "finetune", *ON_CLASSIFIER)
 SUITES = {"quick": FROZEN, "full": (*FROZEN, *PROBES, "finetune", "occlusion")}
 UNEVEN = 2
 """From so many times the images of the smallest class in the largest, accuracy alone tells of the largest."""
-UNEVEN = 2
-"""From so many times the images of the smallest class in the largest, accuracy alone tells of the largest."""
 LOWER_IS_BETTER = ("corruptions error", "corruptions mCE")
 
 
@@ -222,10 +220,11 @@ def _attacked(protocol: str, found: dict[str, Any]) -> dict[str, list[float]]:
 def finetune_settings(settings: Evaluate, job: Job, out: Path | None = None) -> Finetune:
     """Return the settings of a job's fine-tune."""
     given = resolve_named(Finetune, settings.finetune)
-    if given.task != "classes" or given.eval_only or given.from_scratch:
+    if given.task != "classes" or given.eval_only or given.from_scratch or given.new_head:
         raise MaekitError(
             "E-CONFIG-TASK", f"--finetune {settings.finetune}",
-            found=f"task {given.task}, eval_only {given.eval_only}, from_scratch {given.from_scratch}",
+            found=f"task {given.task}, eval_only {given.eval_only}, from_scratch {given.from_scratch}, "
+            f"new_head {given.new_head}",
             expected="the training of encoders for classes; random weights are an arm of their own",
         )  # fmt: skip
     return _of(
