@@ -134,3 +134,13 @@ def test_a_stopped_file_is_gone_on_with(
     assert "going on after 40 of 100 images" in caplog.text and not parts.exists()
     package.embed({**settings, "out": tmp_path / "g.npy"})
     assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "g.npy").read_bytes()
+
+
+def test_a_name_of_several_lines_stays_one_line(pretrained: Path, flat: Path, tmp_path: Path) -> None:
+    for name, image in zip(("a.png", "b\nc.png", "d.png"), sorted(flat.iterdir()), strict=False):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(image.read_bytes())
+    out = tmp_path / "f.npy"
+    package.embed({"run": pretrained, "data": str(tmp_path / "images"), "out": out, "device": "cpu", "workers": 0})
+    assert out.with_suffix(".ids.txt").read_text().splitlines() == ["a.png", "b\\nc.png", "d.png"]
+    assert len(np.load(out)) == 3

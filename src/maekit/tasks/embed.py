@@ -128,7 +128,12 @@ def _write(out: Path, source: Source, parts: Parts, shape: list[int]) -> None:
         np.lib.format.write_array_header_1_0(array, header)
         for rows in parts:
             array.write(rows["values"].numpy().astype("<f4", copy=False).tobytes())
-            ids.writelines(f"{source.ids[i]}\n" for i in rows["index"].tolist())
+            ids.writelines(_line(source.ids[i]) for i in rows["index"].tolist())
+
+
+def _line(name: str) -> str:
+    r"""Return the line of an image; a name of several lines, which a disk may hold, is one with ``\n`` in it."""
+    return text(name).replace("\r", "\\r").replace("\n", "\\n") + "\n"
 
 
 def _write_parquet(place: Path, source: Source, parts: Parts, shape: list[int]) -> None:

@@ -17,7 +17,7 @@ from maekit.scores.measures import measures
 from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.classifying import begin, load_subject, open_labelled
-from maekit.tasks.predictions import Answers, Kept, Truth
+from maekit.tasks.predictions import Columns, Kept, Truth
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run
 from maekit.tasks.scoring import scorer
 from maekit.tasks.training import default_out
@@ -88,7 +88,7 @@ def _score(settings: Finetune, val: Source | None, run: Run, here: World) -> Res
         crop_pct=subject.crop_pct, tta=settings.tta,
     )  # fmt: skip
     begin(settings, run, here, val, subject)
-    kept = Kept(Answers.of(subject.num_outputs, None))
+    kept = Kept(Columns.of(subject.num_outputs, None))
     found = Scored("", "the weights as they are", score.judged(subject.model, kept))
     metrics: dict[str, Any] = {"run": str(run.path), "weights": str(settings.run), "weights_sha256": subject.digest}
     metrics |= found.metrics(measures(found.judged, subject.num_outputs)) | {"val_images": len(val)}

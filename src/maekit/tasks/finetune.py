@@ -20,7 +20,7 @@ from maekit.settings import Finetune
 from maekit.tasks import Result
 from maekit.tasks.eval_only import evaluate_only, refuse_training
 from maekit.tasks.goals import Classes, Goal, goal_of, splits_of
-from maekit.tasks.predictions import Answers, Kept, Truth
+from maekit.tasks.predictions import Columns, Kept, Truth
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.scoring import final_scores
 from maekit.tasks.training import (
@@ -133,7 +133,7 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
     if outcome.stopped:
         return stopped(_counted(run, outcome))
-    kept = Kept(Answers.of(model.num_classes, None)) if isinstance(goal, Classes) else None
+    kept = Kept(Columns.of(model.num_classes, None)) if isinstance(goal, Classes) else None
     found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing, kept)
     if kept is not None:
         kept.write(run.path, Truth.of(parts.val, goal.names, model.num_classes), here)

@@ -20,7 +20,7 @@ from maekit.report.grids import captioned_grid, write_png
 from maekit.settings import Predict
 from maekit.tasks import Result
 from maekit.tasks.classifying import Subject, limited, load_subject
-from maekit.tasks.predictions import Answers, Truth, check_outputs, write_predictions
+from maekit.tasks.predictions import Columns, Truth, check_outputs, write_predictions
 from maekit.tasks.run_folder import outside, typed
 from maekit.tasks.scoring import Scorer, scorer
 from maekit.tasks.streamed import Parts, Rows, Work, images_of, stream
@@ -58,7 +58,7 @@ def predict(settings: Predict | dict[str, Any]) -> Result:
             source, subject.size, subject.mean, subject.std, here, workers=settings.workers,
             precision=subject.precision, crop_pct=subject.crop_pct, tta=settings.tta,
         )  # fmt: skip
-        answers = Answers.of(subject.num_outputs, settings.probabilities)
+        answers = Columns.of(subject.num_outputs, settings.probabilities)
         truth = Truth.of(source, subject.classes, subject.num_outputs)
         found = _Found(truth, settings.count if settings.grid else 0)
 
@@ -116,7 +116,7 @@ def _images(settings: Predict) -> Source:
     return limited(source, settings.limit, settings.seed)
 
 
-def _job(settings: Predict, subject: Subject, answers: Answers, source: Source) -> dict[str, Any]:
+def _job(settings: Predict, subject: Subject, answers: Columns, source: Source) -> dict[str, Any]:
     return images_of(source) | {
         "verb": "predict",
         "weights": subject.digest,

@@ -56,7 +56,7 @@ Kind = Literal["all", "top"]
 
 
 @dataclass(frozen=True)
-class Answers:
+class Columns:
     """How a classifier's outputs become rows.
 
     Attributes:
@@ -68,9 +68,9 @@ class Answers:
     kind: Kind
 
     @staticmethod
-    def of(num_outputs: int, asked: Kind | None) -> "Answers":
+    def of(num_outputs: int, asked: Kind | None) -> "Columns":
         """Take what is asked for; by default all of up to `MOST_CLASSES`."""
-        return Answers(num_outputs, asked or ("all" if num_outputs <= MOST_CLASSES else "top"))
+        return Columns(num_outputs, asked or ("all" if num_outputs <= MOST_CLASSES else "top"))
 
     @property
     def top(self) -> int:
@@ -161,7 +161,7 @@ class Truth:
 class Kept:
     """Rows of images that are being scored, for ``predictions.parquet`` beside their scores."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Columns) -> None:
         self.answers = answers
         self.rows = [answers.none()]  # a process may have no image
 
@@ -180,7 +180,7 @@ class Kept:
             write_predictions(folder / FILE, self.answers, truth, [rows])
 
 
-def write_predictions(path: Path, answers: Answers, truth: Truth, parts: Iterable[Rows]) -> None:
+def write_predictions(path: Path, answers: Columns, truth: Truth, parts: Iterable[Rows]) -> None:
     """Write FILE.parquet or FILE.csv part by part; it is whole or absent.
 
     Raises:
@@ -193,7 +193,7 @@ def write_predictions(path: Path, answers: Answers, truth: Truth, parts: Iterabl
             _write_parquet(place, answers, truth, parts)
 
 
-def _write_parquet(place: Path, answers: Answers, truth: Truth, parts: Iterable[Rows]) -> None:
+def _write_parquet(place: Path, answers: Columns, truth: Truth, parts: Iterable[Rows]) -> None:
     about = {"format": FORMAT, "classes": truth.names, "probabilities": answers.kind}
     schema = _table(answers, truth, answers.none()).schema.with_metadata({"maekit": json.dumps(about)})
     with pq.ParquetWriter(place, schema) as writer:
@@ -211,7 +211,7 @@ def fixed_lists(values: Tensor) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.contiguous().numpy().ravel()), values.shape[1])
 
 
-def _table(answers: Answers, truth: Truth, rows: Rows) -> pa.Table:
+def _table(answers: Columns, truth: Truth, rows: Rows) -> pa.Table:
     index = rows["index"].tolist()
     columns: dict[str, Any] = identity(truth.source, index)
     columns["label"] = pa.array([truth.label(i) for i in index], pa.int64())
@@ -223,7 +223,7 @@ def _table(answers: Answers, truth: Truth, rows: Rows) -> pa.Table:
     return pa.table(columns | {name: fixed_lists(rows[name]) for name in lists})
 
 
-def _write_csv(place: Path, answers: Answers, truth: Truth, parts: Iterable[Rows]) -> None:
+def _write_csv(place: Path, answers: Columns, truth: Truth, parts: Iterable[Rows]) -> None:
     names = [text(name) for name in truth.names]
     more = (
         [f"p_{name}" for name in names]
@@ -238,7 +238,7 @@ def _write_csv(place: Path, answers: Answers, truth: Truth, parts: Iterable[Rows
             writer.writerows(_lines(answers, truth, rows, [harmless(name) for name in names]))
 
 
-def _lines(answers: Answers, truth: Truth, rows: Rows, names: list[str]) -> Iterator[list[object]]:
+def _lines(answers: Columns, truth: Truth, rows: Rows, names: list[str]) -> Iterator[list[object]]:
     predicted, sure = rows["predicted"].tolist(), rows["probability"].tolist()
     for at, index in enumerate(rows["index"].tolist()):
         label, label_name = truth.label(index), truth.label_name(index)
