@@ -1,7 +1,5 @@
 """The report of a fine-tuned classifier: whose score it is, every class, what is confused, how far to trust it."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from maekit.report.page import Cell, Figure, Section, Table, write_report
 from maekit.report.plots import curves
 from maekit.report.pretraining import machine, software
 from maekit.report.scored import as_picture, as_svg, confusion_picture, reliability_drawing
+from maekit.report.tables import to_csv
 from maekit.scores.measures import Judged, Reliability, confusion, measures, per_class, reliability, worst_mistakes
 from maekit.train.log import clock, read_metrics
 
@@ -30,6 +29,10 @@ MOST_CLASSES = 60
 
 
 T = TypeVar("T")
+
+
+HEADERS = ["class", "images", "precision", "recall", "f1", "most_often_taken_for", "so_many_times"]
+"""Of per_class.csv."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def classification_report(
     records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     classes, shown = source.classes or [], scored[-1]
     matrix, bins = confusion(shown.judged, len(classes)), reliability(shown.judged)
-    write_whole(run / "per_class.csv", _csv(_rows(matrix, classes)))
+    write_whole(run / "per_class.csv", to_csv(HEADERS, _rows(matrix, classes)))
     picture = confusion_picture(matrix, classes)
     write_png(run / "confusion.png", picture)
     write_png(run / "reliability.png", as_picture(reliability_drawing(bins), 4.4))
@@ -192,14 +195,6 @@ def _rows(matrix: Tensor, classes: Sequence[str]) -> list[list[Cell]]:
         values = (float(column[i]) for column in (found.precision, found.recall, found.f1))
         rows.append([name, int(found.support[i]), *values, taken if count else "", count])
     return rows
-
-
-def _csv(rows: Sequence[Sequence[Cell]]) -> bytes:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["class", "images", "precision", "recall", "f1", "most_often_taken_for", "so_many_times"])
-    writer.writerows(rows)
-    return stream.getvalue().encode("utf-8", errors="replace")
 
 
 def _class_table(matrix: Tensor, classes: Sequence[str]) -> Table:

@@ -1,19 +1,47 @@
-"""Tables as files: CSV for programs, Markdown for people."""
+"""Tables as files: CSV for programs, Markdown for people. Names in them come from others' disks."""
 
 import csv
 import io
 from collections.abc import Sequence
 
 Cell = str | float | int | None
+FORMULA = ("=", "+", "-", "@", "\t")
+"""What makes spreadsheets run the text of a cell (OWASP, CSV injection)."""
+
+
+def text(name: str) -> str:
+    """Return a name that any encoding can hold: what was read from a file may hold half a character."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
+def harmless(name: str) -> str:
+    r"""Return the text of a cell that no spreadsheet takes for a formula; numbers are none.
+
+    A return, which readers of CSV take for the end of a line and the writer does not quote, is written ``\r``.
+    """
+    name = text(name).replace("\r", "\\r")
+    return f"'{name}" if name.startswith(FORMULA) and not _is_number(name) else name
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def to_csv(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> bytes:
-    """Return a table as CSV; an unknown value is an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headers)
-    writer.writerows([["" if value is None else value for value in row] for row in rows])
-    return text.getvalue().encode()
+    """Return a table as CSV; an unknown value is an empty cell, a text is `harmless`."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(map(harmless, headers))
+    writer.writerows([[_cell(value) for value in row] for row in rows])
+    return stream.getvalue().encode()
+
+
+def _cell(value: Cell) -> str | float | int:
+    return "" if value is None else harmless(value) if isinstance(value, str) else value
 
 
 def to_markdown(headers: Sequence[str], rows: Sequence[Sequence[Cell]], notes: Sequence[str] = ()) -> bytes:

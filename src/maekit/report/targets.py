@@ -1,7 +1,5 @@
 """The reports of a model of tags and of one of numbers: every tag or number, what is wrong by most, as pictures too."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from maekit.report.scored import (
     tags_drawing,
     tags_height,
 )
+from maekit.report.tables import to_csv
 from maekit.scores.targets import (
     Answers,
     number_measures,
@@ -66,7 +65,7 @@ def tags_report(
     shown = scored[-1].judged
     rows = _tag_rows(shown, names)
     headers = ["label", "images", "average_precision", "auroc", "precision", "recall", "f1"]
-    write_whole(run / "per_label.csv", _csv(headers, rows))
+    write_whole(run / "per_label.csv", to_csv(headers, rows))
     drawn = [row for row in rows if row[2] is not None]
     drawn.sort(key=lambda row: -float(row[2] or 0))
     kept = [*drawn[: MOST_BARS // 2], *drawn[len(drawn) - MOST_BARS // 2 :]] if len(drawn) > MOST_BARS else drawn
@@ -124,7 +123,7 @@ def numbers_report(
         [name, float(spread[at]), *(float(column[at]) for column in columns)] for at, name in enumerate(names)
     ]
     headers = ["target", "deviation_of_the_truth", "mae", "rmse", "r2", "pearson", "spearman"]
-    write_whole(run / "per_target.csv", _csv(headers, rows))
+    write_whole(run / "per_target.csv", to_csv(headers, rows))
     height = 2.9 * min(len(names), MOST_NUMBERS)
     draw = numbers_drawing(shown, names)
     write_png(run / "targets.png", as_picture(draw, height))
@@ -255,11 +254,3 @@ def _pictures(
 
 def _fixed(value: Any) -> Cell:
     return None if value is None else f"{float(value):.4f}"
-
-
-def _csv(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> bytes:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(headers)
-    writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
-    return stream.getvalue().encode("utf-8", errors="replace")

@@ -18,10 +18,11 @@ from maekit.data.sources import Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder, check_pool
 from maekit.report.files import whole
+from maekit.report.tables import text
 from maekit.settings import Embed
 from maekit.tasks import Result
 from maekit.tasks.features import check_features, encoder_loader, load_encoder
-from maekit.tasks.predictions import fixed_lists, identity, text
+from maekit.tasks.predictions import fixed_lists, identity
 from maekit.tasks.run_folder import outside, typed
 from maekit.tasks.streamed import Parts, Rows, Work, images_of, stream
 from maekit.tasks.training import spread

@@ -40,6 +40,7 @@ from maekit.data.loader import Batch
 from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.report.files import whole
+from maekit.report.tables import harmless, text
 from maekit.tasks.streamed import Rows, each_once
 from maekit.train.device import World
 
@@ -49,8 +50,6 @@ FILE = "predictions.parquet"
 TOP = 5
 MOST_CLASSES = 100
 """Up to so many classes all probabilities are written where nothing is said."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What makes spreadsheets run the text of a cell (OWASP, CSV injection)."""
 
 Kind = Literal["all", "top"]
 
@@ -215,12 +214,16 @@ def _table(answers: Columns, truth: Truth, rows: Rows) -> pa.Table:
     index = rows["index"].tolist()
     columns: dict[str, Any] = identity(truth.source, index)
     columns["label"] = pa.array([truth.label(i) for i in index], pa.int64())
-    columns["label_name"] = pa.array([text(truth.label_name(i)) for i in index], pa.string())
+    columns["label_name"] = pa.array([_text_or_none(truth.label_name(i)) for i in index], pa.string())
     columns["predicted"] = pa.array([text(truth.names[i]) for i in rows["predicted"].tolist()], pa.string())
     columns["predicted_index"] = pa.array(rows["predicted"].numpy())
     columns["probability"] = pa.array(rows["probability"].numpy())
     lists = ("probabilities",) if answers.kind == "all" else ("top_index", "top_probability")
     return pa.table(columns | {name: fixed_lists(rows[name]) for name in lists})
+
+
+def _text_or_none(name: str | None) -> str | None:
+    return None if name is None else text(name)
 
 
 def _write_csv(place: Path, answers: Columns, truth: Truth, parts: Iterable[Rows]) -> None:
@@ -249,17 +252,6 @@ def _lines(answers: Columns, truth: Truth, rows: Rows, names: list[str]) -> Iter
             continue
         others = zip(rows["top_index"][at].tolist()[1:], rows["top_probability"][at].tolist()[1:], strict=True)
         yield line + [word for output, value in others for word in (names[output], f"{value:.7g}")]
-
-
-def text(name: str | None) -> Any:
-    """Return a name that any encoding can hold: what was read from a file may hold half a character."""
-    return name if name is None or name.isascii() else name.encode("utf-8", "backslashreplace").decode()
-
-
-def harmless(name: str) -> str:
-    """Return the text of a cell that no spreadsheet takes for a formula."""
-    name = text(name)
-    return f"'{name}" if name.startswith(FORMULA) else name
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 The protocols that train their head are in `trained_probe`.
 """
 
-import csv
-import io
 import sys
 from typing import Any
 
@@ -17,6 +15,7 @@ from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
 from maekit.report.files import write_whole
 from maekit.report.plots import lines
+from maekit.report.tables import to_csv
 from maekit.scores.regression import Choice, choose, standardise
 from maekit.settings import Probe
 from maekit.tasks import Result
@@ -170,11 +169,7 @@ def _keep(
     )
     describe(run, settings, found)
     if len(rows) > 1:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(run.path / "sweep.csv", text.getvalue().encode())
+        write_whole(run.path / "sweep.csv", to_csv(list(rows[0]), [list(row.values()) for row in rows]))
         series = {
             " ".join(name): ([row["layer"] for row in _of(rows, name)], [row["top1"] for row in _of(rows, name)])
             for name in _columns(rows)

@@ -1,7 +1,5 @@
 """Show which training images lie nearest to held-out ones."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
 from maekit.report.files import write_whole
 from maekit.report.grids import reconstruction_grid, write_png
+from maekit.report.tables import Cell, to_csv
 from maekit.scores.neighbours import Neighbours, nearest
 from maekit.settings import Retrieve
 from maekit.tasks import Result
@@ -116,11 +115,9 @@ def neighbour_grid(
 
 def _table(bank: Part, queries: Part, found: Neighbours) -> bytes:
     """Return a line for each neighbour of each image: image, rank, neighbour, cosine."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "rank", "neighbour", "cosine"])
+    rows: list[list[Cell]] = []
     for row, (near, cosines) in enumerate(zip(found.index.tolist(), found.similarity.tolist(), strict=True)):
         image = queries[0].ids[int(queries[1].index[row])]
         for rank, (place, cosine) in enumerate(zip(near, cosines, strict=True), 1):
-            writer.writerow([image, rank, bank[0].ids[int(bank[1].index[place])], f"{cosine:.6f}"])
-    return text.getvalue().encode("utf-8", "backslashreplace")
+            rows.append([image, rank, bank[0].ids[int(bank[1].index[place])], f"{cosine:.6f}"])
+    return to_csv(["image", "rank", "neighbour", "cosine"], rows)
