@@ -126,6 +126,20 @@ def test_a_stopped_suite_goes_on_and_what_is_trained_pairs_by_seed(
     runs = [json.loads(file.read_text()) for file in sorted((out / "runs").glob("finetune_run_*/result.json"))]
     assert sorted(run["top1"] for run in runs) == sorted(found["arms"]["run"]["values"])
     assert 0 <= row(out, "occlusion drop")["arms"]["run"]["mean"] <= 1
+    one = maekit("evaluate", *words, "--seeds", 1)  # nothing is left to measure: one fine-tune each
+    assert one.code == 0 and "6 of 6 scores are there" in one.stderr, one.stderr
+    assert row(out, "finetune")["differences"]["random weights"]["paired"] == "images"
+
+
+def test_a_trained_probe_is_that_of_the_verb(pretrained: Path, base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "probe.yaml").write_text("epochs: 1\nbatch_size: 25\n")
+    asked = {"labels": "5/class", "suite": ["lars"], "seeds": 1, "random_arm": False}
+    package.evaluate(
+        base | asked | {"runs": [str(pretrained)], "probe": str(tmp_path / "probe.yaml"), "out": tmp_path / "t"}
+    )
+    more = {"run": pretrained, "labels": "5/class", "protocol": "lars", "epochs": 1, "batch_size": 25}
+    alone = package.probe(base | more | {"out": tmp_path / "alone"}).metrics["top1"]
+    assert row(tmp_path / "t", "lars")["arms"]["run"]["values"] == [alone]
 
 
 def test_other_pixels_or_labels_under_the_same_names_are_measured_anew(
@@ -177,6 +191,7 @@ def test_a_first_job_that_is_stopped_can_go_on(
         ({"val_data": "{flat}"}, "E-DATA-LABELS", "have no labels"),
         ({"suite": ["finetune"], "finetune": "{idle}"}, "E-CONFIG-IDLE", "mixup_prob"),
         ({"suite": ["lars"], "probe": "{layers}"}, "E-CONFIG-BOTH", "layers"),
+        ({"suite": ["corruptions"]}, "E-DATA-IMAGE", "at least 32 px"),
         ({"labels": "a few"}, "E-USAGE-LABELS", "a few"),
     ],
 )

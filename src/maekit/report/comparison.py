@@ -1,15 +1,14 @@
 """Two runs side by side: page, CSV, Markdown and text for the terminal."""
 
-import statistics
 from pathlib import Path
 from typing import Any
 
-from maekit.report.evaluation import aligned
+from maekit.report.evaluation import DIFFERENCE, aligned, difference_cells, spread
 from maekit.report.files import write_whole
 from maekit.report.page import Section, Table, write_report
 from maekit.report.tables import Cell, to_csv, to_markdown
 
-HEADERS = ["score", "a", "b", "a - b", "95 % interval", "p", "paired over"]
+HEADERS = ["score", "a", "b", *DIFFERENCE]
 
 
 def comparison_report(folder: Path, metrics: dict[str, Any]) -> Path:
@@ -52,19 +51,7 @@ def told(metrics: dict[str, Any]) -> str:
 
 def score_rows(metrics: dict[str, Any]) -> list[list[Cell]]:
     """Return a row per score: mean ± deviation of both, difference, interval, p, what it was paired over."""
-    rows: list[list[Cell]] = []
-    for row in metrics["rows"]:
-        known = row["low"] is not None
-        rows.append([
-            row["score"],
-            _spread(row["a"]),
-            _spread(row["b"]),
-            f"{row['mean']:+.4f}",
-            f"{row['low']:+.4f} to {row['high']:+.4f}" if known else None,
-            f"{row['p']:.2g}" if known else None,
-            f"{row['pairs']:,} {row['paired']}" if known else None,
-        ])  # fmt: skip
-    return rows
+    return [[row["score"], spread(row["a"]), spread(row["b"]), *difference_cells(row)] for row in metrics["rows"]]
 
 
 def setting_rows(metrics: dict[str, Any]) -> list[list[Cell]]:
@@ -87,11 +74,6 @@ def _long(metrics: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
         for row in metrics["rows"]
     ]
     return ["score", "a", "b", "difference", *names[1:]], rows
-
-
-def _spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"
 
 
 def _name(paths: list[str]) -> str:

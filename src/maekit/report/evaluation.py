@@ -1,5 +1,6 @@
 """The table of several encoders under the same protocols: page, CSV, Markdown and text for the terminal."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ NOTE = (
     "about what was drawn anew: seeds say nothing of other test images, images nothing of another pre-training. p is "
     "not corrected for the number of rows; beyond chance: p below .05."
 )
+
+
+DIFFERENCE = ["difference", "95 % interval", "p", "paired over"]
+"""Headers of `difference_cells`."""
 
 
 def evaluation_report(folder: Path, metrics: dict[str, Any]) -> Path:
@@ -69,10 +74,11 @@ def told(metrics: dict[str, Any]) -> str:
 
 def scores_table(arms: Sequence[str], rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
     """Return headers and a row per measure: mean ± deviation of each arm."""
-    cells: list[list[Cell]] = [
-        [_named(row), *(spread(row["arms"].get(arm)) for arm in arms), str(max(_counts(row), default=0))]
-        for row in rows
-    ]
+    cells: list[list[Cell]] = []
+    for row in rows:
+        values = {arm: found["values"] for arm, found in row["arms"].items()}
+        shown = [spread(values[arm]) if arm in values else None for arm in arms]
+        cells.append([_named(row), *shown, str(max(map(len, values.values()), default=0))])
     return ["measure", *arms, "values"], cells
 
 
@@ -81,33 +87,28 @@ def differences_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[l
     cells: list[list[Cell]] = []
     for row in rows:
         for arm, found in row["differences"].items():
-            known = found["low"] is not None
-            cells.append([
-                _named(row),
-                arm,
-                f"{found['mean']:+.4f}",
-                f"{found['low']:+.4f} to {found['high']:+.4f}" if known else None,
-                f"{found['p']:.2g}" if known else None,
-                f"{found['pairs']:,} {found['paired']}" if known else None,
-                ("yes" if found["p"] < 0.05 else "no") if known else None,
-            ])  # fmt: skip
-    return ["measure", "minus", "difference", "95 % interval", "p", "paired over", "beyond chance"], cells
+            beyond = None if found["p"] is None else "yes" if found["p"] < 0.05 else "no"
+            cells.append([_named(row), arm, *difference_cells(found), beyond])
+    return ["measure", "minus", *DIFFERENCE, "beyond chance"], cells
 
 
-def spread(found: dict[str, Any] | None) -> str | None:
-    """Return ``0.661 ± 0.019``."""
-    if found is None:
-        return None
-    return f"{found['mean']:.4f}" + ("" if found["deviation"] is None else f" ± {found['deviation']:.4f}")
+def difference_cells(found: dict[str, Any]) -> list[Cell]:
+    """Return the cells of `DIFFERENCE` for a `maekit.scores.spread.Difference`; unknown ones are empty."""
+    if found["low"] is None:
+        return [f"{found['mean']:+.4f}", None, None, None]
+    interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
+    return [f"{found['mean']:+.4f}", interval, f"{found['p']:.2g}", f"{found['pairs']:,} {found['paired']}"]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return ``0.6610 ± 0.0190``, mean and standard deviation (n - 1); of one value that."""
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def _named(row: dict[str, Any]) -> str:
     labels = "" if row["labels"] in (None, "all") else f", labels {row['labels']}"
     return row["measure"] + labels + (" (lower is better)" if row["better"] == "lower" else "")
-
-
-def _counts(row: dict[str, Any]) -> list[int]:
-    return [len(found["values"]) for found in row["arms"].values()]
 
 
 def _long(arms: Sequence[str], rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:

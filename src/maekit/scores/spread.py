@@ -11,6 +11,8 @@ import torch
 
 PIECES = 2000
 """Of Simpson's rule: far more than double precision needs for so smooth a function."""
+DRAWS = 10_000
+"""Of the bootstrap: the ends of a 95 % interval rest on the 250 outermost each."""
 
 
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
@@ -43,10 +45,6 @@ def _mass(angle: float, freedom: int) -> float:
     """Integrate cos(a) ** (freedom - 1) from 0 to `angle` by Simpson's rule."""
     values = torch.linspace(0, angle, PIECES + 1, dtype=torch.double).cos().clamp(min=0) ** (freedom - 1)
     return float((values[0] + 4 * values[1:-1:2].sum() + 2 * values[2:-1:2].sum() + values[-1]) * angle / PIECES / 3)
-
-
-DRAWS = 10_000
-"""Of the bootstrap: the ends of a 95 % interval rest on the 250 outermost each."""
 
 
 @dataclass(frozen=True)

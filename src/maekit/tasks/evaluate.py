@@ -64,6 +64,11 @@ RANDOM = "random weights"
 """Name of the arm that every other has to beat."""
 LONGEST = 60
 """Letters of an arm's name, which is part of file names."""
+READ_BY = {
+    "finetune": ("finetune",), "probe": PROBES, "robustness": ON_CLASSIFIER, "shots": ("lowshot",),
+    "draws": ("lowshot",),
+}  # fmt: skip
+"""Settings that mean something to some protocols only."""
 
 
 def evaluate(settings: Evaluate | dict[str, Any]) -> Result:
@@ -165,15 +170,10 @@ def _check(settings: Evaluate, protocols: Sequence[str], jobs: Sequence[Job], tr
     Raises:
         MaekitError: E-CONFIG-IDLE, E-DATA-LABELS, E-USAGE-LABELS, E-ENV-IMPORT, and those of the named settings.
     """
-    users = {
-        "finetune": (protocols, ("finetune",)), "probe": (protocols, PROBES), "robustness": (protocols, ON_CLASSIFIER),
-        "shots": (protocols, ("lowshot",)), "draws": (protocols, ("lowshot",)),
-    }  # fmt: skip
-    fields = Evaluate.model_fields
-    for name, (chosen, readers) in users.items():
-        if getattr(settings, name) != fields[name].default and not set(chosen) & set(readers):
+    for name, readers in READ_BY.items():
+        if getattr(settings, name) != Evaluate.model_fields[name].default and not set(protocols) & set(readers):
             raise MaekitError(
-                "E-CONFIG-IDLE", f"setting {name}", found=f"suite {','.join(chosen)}",
+                "E-CONFIG-IDLE", f"setting {name}", found=f"suite {','.join(protocols)}",
                 expected=f"{' or '.join(readers)} in the suite",
             )  # fmt: skip
     for spec in {job.labels for job in jobs}:
