@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Knn,
         Lowshot,
         Partial,
+        Pca,
         Predict,
         Pretrain,
         Probe,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
     from maekit.tasks.partial import partial
+    from maekit.tasks.pca import pca
     from maekit.tasks.predict import predict
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
@@ -66,6 +68,7 @@ __all__ = [
     "MaekitError",
     "MaskedAutoencoder",
     "Partial",
+    "Pca",
     "Predict",
     "Pretrain",
     "Probe",
@@ -88,6 +91,7 @@ __all__ = [
     "load_model",
     "lowshot",
     "partial",
+    "pca",
     "predict",
     "pretrain",
     "probe",
@@ -114,6 +118,7 @@ _HOMES = {
         "Knn",
         "Lowshot",
         "Partial",
+        "Pca",
         "Predict",
         "Pretrain",
         "Probe",
@@ -133,6 +138,7 @@ _HOMES = {
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.partial": ("partial",),
+    "maekit.tasks.pca": ("pca",),
     "maekit.tasks.predict": ("predict",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
