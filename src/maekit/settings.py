@@ -201,11 +201,12 @@ class Autoencoder(Architecture):
     encoder_mask_token: bool = setting(
         False, "run the encoder on all places, with mask tokens in it (paper Table 1c; BEiT)"
     )
-    target: Literal["norm_pixel", "pixel", "low_pass", "hog"] = setting(
+    target: Literal["norm_pixel", "pixel", "pca", "token", "low_pass", "hog"] = setting(
         "norm_pixel",
-        "norm_pixel: each patch by its own mean and variance; pixel; low_pass: without fine texture; "
-        "hog: histograms of gradients",
+        "norm_pixel: each patch by its own mean and variance; pixel; pca; token; low_pass: no fine texture; "
+        "hog: gradient histograms",
     )
+    target_from: Path | None = setting(None, "for target pca or token: folder of maekit pca or maekit tokenizer")
     loss_on: Literal["masked", "all", "visible"] = setting("masked", "patches whose error counts (paper section 3)")
 
 
