@@ -74,8 +74,7 @@ def test_every_combination_trains_or_is_refused_in_one_line(
     except MaekitError as error:
         assert "\n" not in str(error) and error.code.startswith("E-CONFIG-")
         return
-    model.train().encoder.set_grad_checkpointing(checkpointing)
-    model.decoder.checkpointing = checkpointing
+    model.train().set_checkpointing(checkpointing)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(2):
         torch.manual_seed(1)
@@ -141,9 +140,10 @@ def test_an_encoder_with_mask_tokens_is_the_whole_encoder_where_nothing_is_maske
 def test_masked_places_hold_the_encoders_mask_token(build: Build) -> None:
     model = build(variant={"encoder_mask_token": True}).double()
     images, noise = images_for(model).double(), noise_for(model)
-    out = model(images, noise=noise)
+    out, mask_token = model(images, noise=noise), model.mask_token
+    assert mask_token is not None
     handle = model.encoder.patch_embed.register_forward_hook(
-        lambda _module, _args, tokens: torch.where(out.mask[:, :, None], model.mask_token, tokens)
+        lambda _module, _args, tokens: torch.where(out.mask[:, :, None], mask_token, tokens)
     )
     whole = model.encoder.forward_features(images)  # timm's own path, patches replaced after the embedding
     handle.remove()
@@ -357,8 +357,7 @@ def test_learned_positions_learn_and_are_resampled(build: Build) -> None:
 def test_checkpointing_changes_no_bit_of_a_gradient(build: Build, variant: dict[str, Any]) -> None:
     def gradients(checkpointing: bool) -> dict[str, Tensor]:
         model = build(variant=variant, drop_path=0.5).train()
-        model.encoder.set_grad_checkpointing(checkpointing)
-        model.decoder.checkpointing = checkpointing
+        model.set_checkpointing(checkpointing)
         torch.manual_seed(2)
         model.loss(images_for(model), noise_for(model)).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
