@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Reconstruct,
         Retrieve,
         Robustness,
+        Tokenizer,
     )
     from maekit.tasks import Result
     from maekit.tasks.compare import compare
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from maekit.tasks.reconstruct import reconstruct
     from maekit.tasks.retrieve import retrieve
     from maekit.tasks.robustness import robustness
+    from maekit.tasks.tokenizer import tokenizer
 
 __version__ = "0.1.0"
 
@@ -77,6 +79,7 @@ __all__ = [
     "Result",
     "Retrieve",
     "Robustness",
+    "Tokenizer",
     "__version__",
     "compare",
     "convert",
@@ -100,6 +103,7 @@ __all__ = [
     "retrieve",
     "robustness",
     "save_model",
+    "tokenizer",
 ]
 
 _HOMES = {
@@ -126,6 +130,7 @@ _HOMES = {
         "Reconstruct",
         "Retrieve",
         "Robustness",
+        "Tokenizer",
     ),
     "maekit.tasks": ("Result",),
     "maekit.tasks.compare": ("compare",),
@@ -146,6 +151,7 @@ _HOMES = {
     "maekit.tasks.reconstruct": ("reconstruct",),
     "maekit.tasks.retrieve": ("retrieve",),
     "maekit.tasks.robustness": ("robustness",),
+    "maekit.tasks.tokenizer": ("tokenizer",),
 }
 
 
