@@ -118,7 +118,9 @@ def mask_noise(seed: int, count: int, num_patches: int) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, seed: int = 0) -> Reconstruction:
+def reconstruct_images(
+    model: MaskedAutoencoder, images: Tensor, ratio: float, seed: int = 0, *, noise: Tensor | None = None
+) -> Reconstruction:
     """Mask, predict and compare.
 
     Args:
@@ -126,13 +128,14 @@ def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, s
         images: (B, C, H, W) of the model's size, uint8, or float as read (not normalised).
         ratio: share of patches removed.
         seed: chooses the masks.
+        noise: (B, N) that the masks are drawn from, in place of `seed`.
 
     Raises:
         MaekitError: E-CONFIG-MASK, E-CONFIG-SIZE.
     """
     len_keep(model.num_patches, ratio)
     scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    noise = mask_noise(seed, len(scaled), model.num_patches)
+    noise = mask_noise(seed, len(scaled), model.num_patches) if noise is None else noise
     low, high = _window(scaled)
     was_training = model.training
     model.eval()
