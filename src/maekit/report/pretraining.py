@@ -27,11 +27,18 @@ from maekit.report.reconstruction import (
     possible_ratios,
     ratio_figure,
     reconstruct_images,
+    shows_pixels,
 )
 from maekit.train.log import clock, read_metrics
 
 PAPER_RATIOS = (75, 85, 95)
 """Per cents of the paper's own figure (arXiv 2111.06377 figure 4)."""
+TARGET_WORDS = {
+    "norm_pixel": "pixels normalised per patch",
+    "pixel": "plain pixels",
+    "low_pass": "pixels without fine texture",
+    "hog": "histograms of oriented gradients",
+}
 PAGE_SIDE = 160
 """Longest side of a picture in the page: a report of photographs stays at a few MB."""
 
@@ -56,10 +63,12 @@ def pretrain_report(
     """
     config = load_yaml(run / "config.yaml")
     metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    shown = [reconstruct_images(model, images, ratio, seed) for ratio in _ratios(config, model.num_patches)]
+    ratios = _ratios(config, model) if shows_pixels(model) else []
+    shown = [reconstruct_images(model, images, ratio, seed) for ratio in ratios]
     for one in shown:
         write_png(run / "reconstructions" / picture_name(one.ratio), ratio_figure(one))
-    write_png(run / "reconstructions" / "reconstructions.png", combined_figure(shown))
+    if shown:
+        write_png(run / "reconstructions" / "reconstructions.png", combined_figure(shown))
     write_report(
         run / "report.html",
         title=f"Pre-training: {run.name}",
@@ -86,7 +95,8 @@ def what_was_run(config: Mapping[str, Any], model: MaskedAutoencoder, metrics: S
         "Images": " · ".join(filter(None, [config.get("data"), images])),
         **_shape(model, str(config.get("model"))),
         "Masked": f"{100 * float(config.get('mask_ratio', 'nan')):.4g} % of patches",
-        "Target": {"norm_pixel": "pixels normalised per patch", "pixel": "plain pixels"}[model.target],
+        "Target": TARGET_WORDS[model.target],
+        **_departures(config, model),
         "Length": f"{last.get('step', 0):,} steps, {_epochs(metrics):.4g} epochs, batch {config.get('batch_size')}",
         "Peak learning rate": max((record["lr"] for record in metrics if "lr" in record), default=None),
         "Loss": f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else None,
@@ -108,9 +118,17 @@ def _shape(model: MaskedAutoencoder, name: str) -> dict[str, Cell]:
     channels = _count(len(model.mean), "channel")
     return {
         "Encoder": f"{name}, {blocks} {model.encoder.embed_dim} wide, {encoder:.2f} M parameters",
-        "Decoder": f"{_count(len(model.decoder.blocks), 'block')}, {decoder:.2f} M parameters",
+        "Decoder": f"{_count(model.decoder.depth, 'block')}, {decoder:.2f} M parameters",
         "Image and patch": f"{height} x {width} px, {channels}; {model.num_patches} patches of {model.patch} px",
     }
+
+
+def _departures(config: Mapping[str, Any], model: MaskedAutoencoder) -> dict[str, Cell]:
+    """Return what is not as in the paper's default row, where anything is."""
+    told = [f"{name} {value}" for name, value in model.variant.departures().items()]
+    told += [f"{name} {config[name]}" for name in ("mask_ratio_max", "color_jitter") if config.get(name)]
+    told += [f"crop {config['crop']}"] if config.get("crop", "random") != "random" else []
+    return {"Other than the paper": ", ".join(told)} if told else {}
 
 
 def software() -> str:
@@ -130,6 +148,8 @@ def machine(model: nn.Module) -> str:
 
 def reconstructions(shown: Sequence[Reconstruction]) -> Section:
     """Return the pictures and, per ratio, how far off they are."""
+    if not shown:
+        return Section("Reconstructions", text=["This target has no pixels, so there is nothing to show."])
     rows = [
         [percent(one.ratio), f"{one.psnr:.2f} dB", f"{one.psnr_fill:.2f} dB", f"{one.mse:.5f}", f"{one.loss:.4f}"]
         for one in shown
@@ -153,9 +173,9 @@ def picture_name(ratio: float) -> str:
     return f"reconstruction-{100 * ratio:.6g}.png"
 
 
-def _ratios(config: Mapping[str, Any], num_patches: int) -> list[float]:
+def _ratios(config: Mapping[str, Any], model: MaskedAutoencoder) -> list[float]:
     """Return the run's own ratio first, then those of the paper that keep at least one patch."""
-    return possible_ratios([100 * float(config.get("mask_ratio", 0.75)), *PAPER_RATIOS], num_patches)
+    return possible_ratios([100 * float(config.get("mask_ratio", 0.75)), *PAPER_RATIOS], model)
 
 
 def _count(number: int, word: str) -> str:
