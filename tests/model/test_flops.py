@@ -46,6 +46,49 @@ def test_what_torch_counts_for_every_kind_of_encoder(kind: str, build: Callable[
         assert (3 * mine.forward, 3 * mine.total) == (forward, both)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mask token in the encoder": {"variant": {"encoder_mask_token": True}},
+    "linear head": {"variant": {"encoder_mask_token": True}, "decoder_depth": 0},
+    "denoising": {"variant": {"mask_kind": "none", "loss_on": "all", "add_noise": 0.3}},
+    "denoising, linear head": {
+        "variant": {"mask_kind": "none", "loss_on": "all", "add_noise": 0.3}, "decoder_depth": 0, "target": "pixel",
+    },
+    "cross": {"variant": {"decoder_kind": "cross"}},
+    "cross, some": {"variant": {"decoder_kind": "cross", "decode_ratio": 0.25}},
+    "some": {"variant": {"decode_ratio": 0.25, "positions": "learned"}},
+    "loss on all": {"variant": {"loss_on": "all"}, "target": "low_pass"},
+    "loss on visible, cross": {"variant": {"loss_on": "visible", "decoder_kind": "cross"}},
+    "no class token": {"variant": {"class_tokens": 0}, "target": "hog"},
+    "three class tokens, cross": {"variant": {"class_tokens": 3, "decoder_kind": "cross"}},
+    "units, block": {"variant": {"mask_unit": 2, "mask_kind": "block"}},
+    "one wide block": {"decoder_depth": 1, "decoder_dim": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_torch_counts_for_every_departure(name: str, build: Callable[..., MaskedAutoencoder]) -> None:
+    model = build(**VARIANTS[name])
+    for ratio in (0.5, 0.75):
+        forward, both = counted(model, torch.rand(2, 3, 32, 32), torch.rand(2, model.num_patches), ratio)
+        mine = flops(model, ratio)
+        assert (2 * mine.forward, 2 * mine.total) == (forward, both)
+
+
+def test_mask_tokens_in_the_encoder_of_vit_l_cost_3_22_times_as_much() -> None:
+    # the paper says 3.3 (Table 1c); (61.55 + 5.38) / 20.76 by the figures above
+    without = flops_of(name=VITS["l"], every_patch=True)
+    with_it = flops_of(name=VITS["l"], every_patch=True, variant={"encoder_mask_token": True})
+    assert round((with_it.encoder.forward + without.decoder.forward) / without.forward, 2) == 3.22
+    # the projection between them has all places to bring over, too
+    assert with_it.decoder.forward - without.decoder.forward == 2 * 147 * 1024 * 512
+    assert round(with_it.forward / without.forward, 2) == 3.23
+
+
+def test_more_decoded_than_removed_is_refused() -> None:
+    with pytest.raises(MaekitError, match="E-CONFIG-DECODER"):
+        flops_of(0.5, variant={"decode_ratio": 0.75})
+
+
 @pytest.mark.parametrize(("vit", "expected"), GMACS.items())
 def test_the_published_geometries(vit: str, expected: tuple[float, float, float]) -> None:
     with torch.device("meta"):

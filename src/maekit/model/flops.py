@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from maekit.model.decoder import CrossBlock
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep
 
@@ -57,28 +58,44 @@ class Flops:
 
 
 def flops(model: MaskedAutoencoder, mask_ratio: float = 0.75, *, every_patch: bool = False) -> Flops:
-    """Count what `MaskedAutoencoder.loss` costs for one image.
+    """Count what `MaskedAutoencoder.loss` costs for one image; what makes the target is not counted.
 
     Args:
-        model: on any device, meta too.
-        mask_ratio: share of patches removed.
+        model: of any variant, on any device, meta too.
+        mask_ratio: share of patches removed; no part where nothing is ever removed.
         every_patch: count as the authors' code computes: all patches are projected before they are masked, and the
-            last layer predicts for every token, the prefix too. ViT-L: 0.7 % more.
+            last layer predicts for every token that the decoder has, the prefix too. ViT-L: 0.7 % more.
 
     Raises:
-        MaekitError: E-CONFIG-MASK for a ratio that keeps no patch or all.
+        MaekitError: E-CONFIG-MASK for a ratio that keeps no patch or all, E-CONFIG-DECODER for one that removes fewer
+            than are decoded.
     """
-    prefix, num_patches = model.encoder.num_prefix_tokens, model.num_patches
-    keep = len_keep(num_patches, mask_ratio)
-    embedding = _weights(model.encoder.patch_embed) * (num_patches if every_patch else keep)
-    predicted = prefix + num_patches if every_patch else num_patches - keep
-    encoder = _blocks(model.encoder.blocks, prefix + keep)
-    decoder = (
-        _weights(model.decoder.embed) * (prefix + keep)
-        + _blocks(model.decoder.blocks, prefix + num_patches)
-        + _weights(model.decoder.pred) * predicted
-    )
-    return Flops(Passes(2 * (encoder + embedding), 2 * (2 * encoder + embedding)), Passes(2 * decoder, 4 * decoder))
+    encoder, decoder, prefix = model.encoder, model.decoder, model.encoder.num_prefix_tokens
+    keep, scored = _counts(model, mask_ratio)
+    latent = prefix + (model.num_patches if model.variant.full_length else keep)
+    embedding = _weights(encoder.patch_embed) * (model.num_patches if every_patch else keep)
+    encoding = _blocks(encoder.blocks, latent)
+    if decoder.depth == 0:
+        decoded, decoding = latent, 0
+    elif decoder.cross:
+        decoded = scored
+        decoding = _weights(decoder.embed) * latent + _cross_blocks(decoder.blocks, decoded, latent)
+    else:
+        decoded = prefix + (keep + scored if decoder.parts else model.num_patches)
+        decoding = _weights(decoder.embed) * latent + _blocks(decoder.blocks, decoded)
+    decoding += _weights(decoder.pred) * (decoded if every_patch else scored)
+    return Flops(Passes(2 * (encoding + embedding), 2 * (2 * encoding + embedding)), Passes(2 * decoding, 4 * decoding))
+
+
+def _counts(model: MaskedAutoencoder, mask_ratio: float) -> tuple[int, int]:
+    """Return how many patches of an image the encoder is given, and how many enter the loss."""
+    variant, count = model.variant, model.num_patches
+    if variant.mask_kind == "none":
+        return count, count
+    model.check_decode_ratio(mask_ratio)
+    keep = len_keep(count // variant.mask_unit**2, mask_ratio) * variant.mask_unit**2
+    removed = count - keep if variant.decode_ratio is None else int(count * variant.decode_ratio + 1e-6)
+    return keep, {"masked": removed, "all": count, "visible": keep}[variant.loss_on]
 
 
 def flops_of(mask_ratio: float = 0.75, *, every_patch: bool = False, **spec: Any) -> Flops:
@@ -106,6 +123,16 @@ def encoder_flops(model: MaskedAutoencoder) -> int:
 def _blocks(blocks: Iterable[nn.Module], tokens: int) -> int:
     """Return the multiplications of Transformer blocks: every linear layer per token, and all pairs of tokens twice."""
     return sum(_weights(block) * tokens + 2 * tokens**2 * _attention_width(block) for block in blocks)
+
+
+def _cross_blocks(blocks: Iterable[nn.Module], tokens: int, seen: int) -> int:
+    """Return the multiplications of blocks whose tokens attend to what was seen and not to one another."""
+    total = 0
+    for block in blocks:
+        assert isinstance(block, CrossBlock)
+        looked_at = _weights(block.kv)
+        total += looked_at * seen + (_weights(block) - looked_at) * tokens + 2 * tokens * seen * block.q.out_features
+    return total
 
 
 def _attention_width(block: nn.Module) -> int:

@@ -201,7 +201,8 @@ def attention_part(
     pictures[f"{prefix}attention-rollout.png"] = (
         _rollout_figure(model, marked, found, names),
         "Attention rollout (Abnar and Zuidema, arXiv 2005.00928): what of the patches reaches the token through all "
-        "blocks, half of every block going by its residual connection. A patch itself is left out of its own map.",
+        "blocks, half of every block going by its residual connection. Each map reaches from its lowest patch, black, "
+        "to its highest; a patch itself, which keeps most, is left out of its own.",
     )
     text = ["Whole images, nothing removed. A blue frame marks the patch that looks."]
     if not model.encoder.has_class_token:
@@ -241,7 +242,8 @@ def _rollout_figure(
     for at, query in enumerate(found.queries):
         weights = found.rollout[:, at, model.encoder.num_prefix_tokens :].clone()
         if query != "class token":
-            weights[:, _number(model, query)] = 0.0  # half of every block's weight is on the token itself
+            weights[:, _number(model, query)] = torch.nan  # half of every block's weight is on the token itself
+        weights -= weights.nan_to_num(torch.inf).amin(1, keepdim=True)  # what comes from everywhere shows nothing
         columns += [("image", marked[at]), (query, heat(weights, model.grid, model.patch))]
     return reconstruction_grid(
         [[each[i] for _, each in columns] for i in range(len(marked[0]))], [header for header, _ in columns], names,

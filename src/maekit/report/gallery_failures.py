@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maekit.model.mae import MaskedAutoencoder
-from maekit.model.patches import patchify
-from maekit.model.targets import target_of
+from maekit.model.patches import patchify, unpatchify
 from maekit.report.gallery import SHOWN_SIDE, Part, framed, heat, shown
 from maekit.report.grids import captioned_grid, reconstruction_grid
 from maekit.report.page import Cell, Table
-from maekit.report.reconstruction import mask_noise, percent, reconstruct_images
+from maekit.report.reconstruction import mask_noise, percent, reconstruct_images, seen_by, shows_pixels
+from maekit.report.views import hide
 from maekit.scores.targets import ranks
 
 FINE = 0.25
@@ -36,20 +36,22 @@ class Errors:
     """Losses of many images.
 
     Attributes:
-        loss: (B, N), NaN where a patch was visible.
+        loss: (B, N), NaN where nothing was asked of the model.
         mask: (B, N), True = removed.
         properties: name -> (B, N) of every patch.
         ratio: share of patches removed.
+        asked: (B, N), the removed patches; all where none are, the visible ones of a model that learned those only.
     """
 
     loss: Tensor
     mask: Tensor
     properties: dict[str, Tensor]
     ratio: float
+    asked: Tensor
 
     @property
     def of_image(self) -> Tensor:
-        """Mean loss of each image's removed patches (B,)."""
+        """Mean loss of each image (B,)."""
         return self.loss.nanmean(1)
 
     def worst_images(self, count: int) -> list[int]:
@@ -60,7 +62,7 @@ class Errors:
         """Return (image, patch) of the largest losses, the worst first, at most `per_image` of one image."""
         order = torch.argsort(self.loss.nan_to_num(-1.0).flatten(), descending=True, stable=True)
         found: list[tuple[int, int]] = []
-        for at in order[: int(self.mask.sum())].tolist():
+        for at in order[: int(self.asked.sum())].tolist():
             image, patch = divmod(at, self.loss.shape[1])
             if sum(image == other for other, _ in found) < per_image:
                 found.append((image, patch))
@@ -71,7 +73,7 @@ class Errors:
 
 @torch.no_grad()
 def find_errors(model: MaskedAutoencoder, images: Tensor, ratio: float, seed: int = 0, batch: int = 16) -> Errors:
-    """Mask, predict and keep the loss of each removed patch.
+    """Mask, predict and keep the loss of each patch asked for.
 
     Args:
         model: in eval mode, on any device.
@@ -89,12 +91,19 @@ def find_errors(model: MaskedAutoencoder, images: Tensor, ratio: float, seed: in
     losses, masks = [], []
     for part, its_noise in zip(images.split(batch), noise.split(batch), strict=True):
         inputs = (part.to(device) - mean) / std
-        out = model(inputs, ratio, noise=its_noise.to(device))
-        loss = (out.pred.float() - target_of(patchify(inputs, model.patch), model.target)).square().mean(-1)
-        losses.append(loss.masked_fill(~out.mask, torch.nan).cpu())
+        out = model(inputs, ratio, noise=its_noise.to(device), seen=seen_by(model, inputs, its_noise))
+        everywhere = torch.arange(model.num_patches, device=device).expand(len(part), -1)
+        target = model.objective(inputs, patchify(inputs, model.patch), everywhere)
+        losses.append(model.objective.loss(out.pred, target).float().cpu())
         masks.append(out.mask.cpu())
     mask = torch.cat(masks)
-    return Errors(torch.cat(losses), mask, properties(images, mask, model.grid, model.patch), ratio)
+    asked = {"none": torch.ones_like(mask), "visible": ~mask}.get(_asked(model), mask)
+    loss = torch.cat(losses).masked_fill(~asked, torch.nan)
+    return Errors(loss, mask, properties(images, mask, model.grid, model.patch), ratio, asked)
+
+
+def _asked(model: MaskedAutoencoder) -> str:
+    return "none" if model.variant.mask_kind == "none" else model.variant.loss_on
 
 
 def properties(images: Tensor, mask: Tensor, grid: tuple[int, int], patch: int) -> dict[str, Tensor]:
@@ -145,18 +154,18 @@ def visible_neighbours(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def in_common(errors: Errors) -> Table:
     """Return the rank correlation of each property with the loss, and the loss of its lowest and highest quarter."""
-    loss = errors.loss[errors.mask]
+    loss = errors.loss[errors.asked]
     rows: list[list[Cell]] = []
     for name, values in errors.properties.items():
-        own = values[errors.mask]
+        own = values[errors.asked]
         low, high = _quarters(own, loss)
         rows.append([name, f"{rank_correlation(own, loss):+.2f}", f"{low:.4f}", f"{high:.4f}"])
     return Table(
         ["of the patch", "rank correlation", "loss, lowest quarter", "loss, highest quarter"],
         rows,
-        note=f"{len(loss):,} removed patches of {len(errors.mask):,} images, {percent(errors.ratio)} removed. "
-        "Spearman's correlation with the loss of the patch. High: from a quarter of a cycle a pixel. A correlation is no cause: "
-        "contrast, frequency and place go together in most pictures.",
+        note=f"{len(loss):,} patches of {len(errors.mask):,} images, {percent(errors.ratio)} removed. Spearman's "
+        "correlation with the loss of the patch. High: from a quarter of a cycle a pixel. A correlation is no "
+        "cause: contrast, frequency and place go together in most pictures.",
     )
 
 
@@ -194,16 +203,16 @@ def failures_part(
     """
     worst, patches = errors.worst_images(count), errors.worst_patches(2 * count)
     wanted = sorted({*worst, *(image for image, _ in patches)})
-    views = dict(zip(wanted, _views(model, images, wanted, errors.ratio, seed), strict=True))
+    views = dict(zip(wanted, _views(model, images, wanted, errors, seed), strict=True))
     pictures = {
         f"{prefix}failures-images.png": (
             _images_figure(model, errors, worst, views, names),
-            f"The {len(worst)} images of largest loss among {len(images):,}. Error: loss of each removed patch, one "
-            "scale for all; visible patches are grey.",
+            f"The {len(worst)} images of largest loss among {len(images):,}. Error: loss of each patch, one scale "
+            "for all; grey: not asked for.",
         ),
         f"{prefix}failures-patches.png": (
             _patches_figure(model, errors, patches, views, names),
-            f"The {len(patches)} removed patches of largest loss, at most {PER_IMAGE} of an image, framed among their "
+            f"The {len(patches)} patches of largest loss, at most {PER_IMAGE} of an image, framed among their "
             "neighbours.",
         ),
     }
@@ -216,15 +225,20 @@ def failures_part(
 
 
 View = dict[str, Tensor]
-"""original, masked, prediction in place: (C, H, W), 0..1."""
+"""original, masked and, of a model that predicts pixels, prediction in place: (C, H, W), 0..1."""
 
 
-def _views(model: MaskedAutoencoder, images: Tensor, wanted: Sequence[int], ratio: float, seed: int) -> list[View]:
+def _views(model: MaskedAutoencoder, images: Tensor, wanted: Sequence[int], errors: Errors, seed: int) -> list[View]:
     """Return the pictures of some of the images, with the mask that each has among all of them."""
+    chosen = images[list(wanted)]
+    if not shows_pixels(model):
+        seen = hide(patchify(chosen, model.patch), errors.mask[list(wanted)])
+        both = zip(chosen, unpatchify(seen, model.patch, model.grid), strict=True)
+        return [{"original": one, "masked": two} for one, two in both]
     noise = mask_noise(seed, len(images), model.num_patches)[list(wanted)]
-    found = reconstruct_images(model, images[list(wanted)], ratio, noise=noise)
+    found = reconstruct_images(model, chosen, errors.ratio, noise=noise)
     return [
-        {"original": one, "masked": two, "in place": three}
+        {"original": one, "masked": two, "prediction in place": three}
         for one, two, three in zip(found.original, found.masked, found.pasted, strict=True)
     ]
 
@@ -233,14 +247,9 @@ def _images_figure(
     model: MaskedAutoencoder, errors: Errors, worst: Sequence[int], views: Mapping[int, View], names: Sequence[str]
 ) -> Image.Image:
     maps = heat(errors.loss[worst], model.grid, model.patch, top=float(errors.loss[worst].nan_to_num().max()))
-    rows = [
-        [*(shown(views[image][which]) for which in ("original", "masked", "in place")), maps[at]]
-        for at, image in enumerate(worst)
-    ]
+    rows = [[*map(shown, views[image].values()), maps[at]] for at, image in enumerate(worst)]
     labels = [f"{errors.of_image[image]:.3f} {names[image]}" for image in worst]
-    return reconstruction_grid(
-        rows, ["original", "masked", "prediction in place", "error"], labels, max_side=SHOWN_SIDE
-    )
+    return reconstruction_grid(rows, [*views[worst[0]], "error"], labels, max_side=SHOWN_SIDE)
 
 
 def _patches_figure(

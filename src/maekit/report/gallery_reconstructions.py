@@ -54,31 +54,36 @@ def training_part(found: Mapping[int, Reconstruction], names: Sequence[str], pre
     )
 
 
-def beside_part(found: Mapping[str, Reconstruction], names: Sequence[str]) -> Part:
+def beside_part(found: Mapping[str, Reconstruction], names: Sequence[str], text: Sequence[str] = ()) -> Part:
     """Draw what several models made of the same images; their masks are the same where their grids are.
 
     Args:
         found: name of a run -> its reconstructions.
         names: of the images.
+        text: said of what is not shown.
     """
-    return _beside("Side by side", found, names, "beside.png", plots={})
+    return _beside("Side by side", found, names, "beside.png", plots={}, more=text)
 
 
 def _beside(
-    heading: str, found: Mapping[str, Reconstruction], names: Sequence[str], file: str, plots: Mapping[str, str]
+    heading: str,
+    found: Mapping[str, Reconstruction],
+    names: Sequence[str],
+    file: str,
+    plots: Mapping[str, str],
+    more: Sequence[str] = (),
 ) -> Part:
-    first = next(iter(found.values()))
     figure = side_by_side(found, names)
-    text = [f"{percent(first.ratio)} of the patches are removed. Predictions stand in place of removed patches only."]
-    honest = next((one for one in found.values() if one.raw is not None), None)
-    if honest is not None:
-        text.append(combined_notes([honest])[-1])
+    ratios = ", ".join(dict.fromkeys(percent(one.ratio) for one in found.values()))
+    text = [f"Removed: {ratios} of the patches. Predictions stand in place of removed patches."]
+    text += dict.fromkeys(note for one in found.values() for note in combined_notes([one]))
+    text += more
     rows = [[name, *_scores(one)] for name, one in found.items()]
     best = max(range(len(rows)), key=lambda at: list(found.values())[at].psnr)
     table = Table(["", *HEADERS], rows, note=NOTE, highlight=[best] if len(rows) > 1 else [])
     told = "The same images, the same masks."
     if not _same_masks(found):
-        told = "The same images; the runs cut them into different patches, so each has a mask of its own."
+        told = "The same images; the runs differ in patches or kind of mask, so each has a mask of its own."
     return Part(heading, text=text, pictures={file: (figure, told)}, tables=[table], plots=plots)
 
 

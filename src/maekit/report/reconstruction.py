@@ -213,7 +213,7 @@ def _views(
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (model.mean, model.std))
     inputs = (images.to(device) - mean) / std
-    seen = torch.cat([model.corrupt(x, _drawn_as(n)) for x, n in zip(inputs.split(1), noise, strict=True)])
+    seen = seen_by(model, inputs, noise)
     out = model(inputs, ratio, noise=noise.to(device), seen=seen)
     mask, pred = out.mask.cpu(), model.objective.to_patches(out.pred.float())
     assert pred is not None, model.target
@@ -244,6 +244,14 @@ def _views(
     pictures = {name: unpatchify(patches, model.patch, model.grid) for name, patches in shown.items()}
     mse = views.masked_mse(honest.clamp(0, 1), truth, mask)
     return pictures | {"_loss": out.loss.cpu(), "_mse": mse, "_fill": views.masked_mse(fill, truth, mask)}
+
+
+def seen_by(model: MaskedAutoencoder, inputs: Tensor, noise: Tensor) -> Tensor:
+    """Return what the encoder sees of normalised images (B, C, H, W): with noise on them where the model is so.
+
+    That is drawn anew for each image from its mask's noise (B, N): the same in every picture of it.
+    """
+    return torch.cat([model.corrupt(x, _drawn_as(n)) for x, n in zip(inputs.split(1), noise, strict=True)])
 
 
 def _drawn_as(noise: Tensor) -> torch.Generator:

@@ -14,13 +14,12 @@ from maekit.data.sources import Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
 from maekit.model.mae import MaskedAutoencoder
-from maekit.model.masking import len_keep
 from maekit.report.gallery import Part, spaced, write_gallery
 from maekit.report.gallery_attention import attend, attention_part
 from maekit.report.gallery_failures import failures_part, find_errors
 from maekit.report.gallery_features import features_part
 from maekit.report.gallery_reconstructions import beside_part, ratios_part, training_part
-from maekit.report.reconstruction import percent, possible_ratios, reconstruct_images
+from maekit.report.reconstruction import check_ratio, percent, possible_ratios, reconstruct_images, shows_pixels
 from maekit.seeds import seed_all
 from maekit.settings import Gallery
 from maekit.tasks import Result
@@ -32,6 +31,7 @@ log = logging.getLogger("maekit")
 
 MOST_COLUMNS = 6
 """Checkpoints of a run, or blocks, that are drawn where nobody chose."""
+NO_PIXELS = "{} predicts {}, which are no pixels: there is nothing to show here."
 PAPER_RATIO = 0.75
 """Of weights that do not say what they were trained with."""
 
@@ -139,20 +139,24 @@ def _images(source: Source, count: int, model: MaskedAutoencoder, data: str | No
 
 def _ratio(settings: Gallery, path: Path, model: MaskedAutoencoder) -> float:
     """Return the ratio to mask with: the one asked for, else the run's own, else the paper's or one half."""
+    if model.variant.mask_kind == "none":
+        return 0.0
     if settings.mask_ratio is not None:
-        len_keep(model.num_patches, settings.mask_ratio)
+        check_ratio(model, settings.mask_ratio)
         return settings.mask_ratio
     file = path / "config.yaml"
     if file.exists():
         return float(load_yaml(file).get("mask_ratio", PAPER_RATIO))
-    return next(iter(possible_ratios([100 * PAPER_RATIO, 50], model.num_patches)))
+    return next(iter(possible_ratios([100 * PAPER_RATIO, 50], model)))
 
 
 # ------------------------------------------------------------------------------------------------ the parts
 
 
 def _ratios(arm: Arm, settings: Gallery, _: Source) -> Part:
-    ratios = possible_ratios(settings.ratios, arm.model.num_patches)
+    if not shows_pixels(arm.model):
+        return Part("Mask ratios", text=[NO_PIXELS.format(arm.name, arm.model.target)])
+    ratios = possible_ratios(settings.ratios, arm.model)
     if not ratios:
         return Part("Mask ratios", text=[f"{arm.model.num_patches} patches allow none of the ratios asked for."])
     return ratios_part(
@@ -167,6 +171,8 @@ def _training(arm: Arm, settings: Gallery, _: Source) -> Part:
         kept = f"step {steps[0]} only" if steps else "no checkpoint"
         told = f"{arm.name} keeps {kept}, so there is nothing to set side by side. `maekit pretrain --keep 100 "
         return Part("Over training", text=[told + "--save-every N` keeps more."])
+    if not shows_pixels(arm.model):
+        return Part("Over training", text=[NO_PIXELS.format(arm.name, arm.model.target)])
     found = {}
     for at in spaced(len(steps), MOST_COLUMNS):
         model = load_model(folders[steps[at]]).to(next(arm.model.parameters()).device).eval()
@@ -202,9 +208,16 @@ DRAWN: dict[str, Callable[[Arm, Gallery, Source], Part]] = {
 
 
 def _beside(arms: list[Arm], settings: Gallery) -> Part:
-    ratio = arms[0].ratio
-    found = {arm.name: reconstruct_images(arm.model, arm.images, ratio, settings.seed) for arm in arms}
-    return beside_part(found, arms[0].names)
+    """Draw all runs at the ratio of the first, or at its own where the masks of a run cannot have that one."""
+    shown = [arm for arm in arms if shows_pixels(arm.model)]
+    text = [NO_PIXELS.format(arm.name, arm.model.target) for arm in arms if arm not in shown]
+    if not shown:
+        return Part("Side by side", text=text)
+    found = {}
+    for arm in shown:
+        ratio = shown[0].ratio if possible_ratios([100 * shown[0].ratio], arm.model) else arm.ratio
+        found[arm.name] = reconstruct_images(arm.model, arm.images, ratio, settings.seed)
+    return beside_part(found, shown[0].names, text)
 
 
 def _blocks(arm: Arm, settings: Gallery) -> list[int]:
@@ -235,5 +248,5 @@ def _intro(arms: list[Arm], settings: Gallery, source: Source) -> list[str]:
     ratios = ", ".join(dict.fromkeys(percent(arm.ratio) for arm in arms))
     return [
         f"{len(arms[0].images)} of {len(source):,} {part} of `{settings.data}`, evenly spaced, as evaluation sees "
-        f"them; seed {settings.seed} chooses the masks. Where one mask ratio is shown, {ratios} of the patches are removed.",
+        f"them; seed {settings.seed} chooses the masks. Where one mask ratio is shown it is {ratios}.",
     ]
