@@ -1,8 +1,8 @@
 """Time of a training step with mask tokens in the encoder, with the paper's decoder and with one block of it (Table 2).
 
-Forward, backward and fused AdamW on one ready batch; the arms take turns in one process, and a speed-up is taken within
-each round, against the arm with mask tokens. Beside it stand the ratio of operations (`maekit.model.flops`) and what the
-paper measured: ViT-L 2.8 and 3.7 times, ViT-H 3.5 and 4.1 times as fast (arXiv 2111.06377, Table 2; 128 TPU-v3 cores).
+Forward, backward and fused AdamW on one ready batch; the arms take turns in one process, and a speed-up is within each
+round, over the arm with mask tokens. Beside it stand the ratio of operations (`maekit.model.flops`) and what the paper
+measured: ViT-L 2.8 and 3.7 times, ViT-H 3.5 and 4.1 times as fast (arXiv 2111.06377, Table 2; 128 TPU-v3 cores).
 
     python benchmarks/table2.py [--model vit_large_patch16_224] [--batch 2] [--rounds 3] [--precision fp32] [--json]
 """

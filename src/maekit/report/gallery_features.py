@@ -62,30 +62,43 @@ def features_part(
         prefix: of the file's name.
     """
     layers = model.layer_features(inputs, [(block, "tokens") for block in blocks])
-    found = {
-        block: pca_colours(tokens[:, model.encoder.num_prefix_tokens :].float().cpu())
-        for block, tokens in zip(blocks, layers, strict=True)
+    tokens = {
+        block: each[:, model.encoder.num_prefix_tokens :].float().cpu()
+        for block, each in zip(blocks, layers, strict=True)
     }
-    figure = _figure(model, images, {block: colours for block, (colours, _) in found.items()}, names)
+    found = {block: pca_colours(each) for block, each in tokens.items()}
     told = "The first three principal components of the patch tokens after each block, as red, green and blue."
+    pictures = {f"{prefix}features.png": (_figure(model, images, found, names), told)}
+    if len(images) > 1:
+        rest = {block: pca_colours(without_place(each)) for block, each in tokens.items()}
+        told = (
+            "The same after the mean token of each place over these images was taken away: what differs among them. "
+            "Where colours above are the same gradient in every image, the strongest components are of place."
+        )
+        pictures[f"{prefix}features-without-place.png"] = (_figure(model, images, rest, names), told)
     rows = [
         [block, *(f"{100 * each:.1f} %" for each in share.tolist()), f"{100 * share.sum():.1f} %"]
         for block, (_, share) in found.items()
     ]
     note = (
-        "Share of the variance of all tokens that each component holds. One analysis for all images of a block; "
-        f"colours reach from the lowest to the highest {100 * CUT:g} % of the patches."
+        "Share of the variance of all tokens that each component of the first picture holds. One analysis for all "
+        f"images of a block; colours reach from the lowest to the highest {100 * CUT:g} % of the patches."
     )
     table = Table(["block", "red", "green", "blue", "together"], rows, note=note)
-    return Part(
-        "Features", text=["Patches of like colour are alike to the encoder. Nothing is removed."],
-        pictures={f"{prefix}features.png": (figure, told)}, tables=[table],
-    )  # fmt: skip
+    text = ["Patches of like colour are alike to the encoder. Nothing is removed."]
+    return Part("Features", text=text, pictures=pictures, tables=[table])
 
 
-def _figure(model: MaskedAutoencoder, images: Tensor, colours: dict[int, Tensor], names: Sequence[str]) -> Image.Image:
-    drawn = [blocks_of(each, model.grid, model.patch) for each in colours.values()]
+def without_place(tokens: Tensor) -> Tensor:
+    """Take the mean over images of each place away from tokens (B, N, D)."""
+    return tokens - tokens.mean(0)
+
+
+def _figure(
+    model: MaskedAutoencoder, images: Tensor, found: dict[int, tuple[Tensor, Tensor]], names: Sequence[str]
+) -> Image.Image:
+    drawn = [blocks_of(colours, model.grid, model.patch) for colours, _ in found.values()]
     return reconstruction_grid(
         [[shown(images[i]), *(each[i] for each in drawn)] for i in range(len(images))],
-        ["image", *(f"block {block}" for block in colours)], names, max_side=SHOWN_SIDE if len(drawn) < 7 else 112,
+        ["image", *(f"block {block}" for block in found)], names, max_side=SHOWN_SIDE if len(drawn) < 7 else 112,
     )  # fmt: skip
