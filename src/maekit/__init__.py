@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Knn,
         Lowshot,
         Partial,
+        Pca,
         Predict,
         Pretrain,
         Probe,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Reconstruct,
         Retrieve,
         Robustness,
+        Tokenizer,
     )
     from maekit.tasks import Result
     from maekit.tasks.compare import compare
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
     from maekit.tasks.partial import partial
+    from maekit.tasks.pca import pca
     from maekit.tasks.predict import predict
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from maekit.tasks.reconstruct import reconstruct
     from maekit.tasks.retrieve import retrieve
     from maekit.tasks.robustness import robustness
+    from maekit.tasks.tokenizer import tokenizer
 
 __version__ = "0.1.0"
 
@@ -69,6 +73,7 @@ __all__ = [
     "MaekitError",
     "MaskedAutoencoder",
     "Partial",
+    "Pca",
     "Predict",
     "Pretrain",
     "Probe",
@@ -77,6 +82,7 @@ __all__ = [
     "Result",
     "Retrieve",
     "Robustness",
+    "Tokenizer",
     "__version__",
     "compare",
     "convert",
@@ -92,6 +98,7 @@ __all__ = [
     "load_model",
     "lowshot",
     "partial",
+    "pca",
     "predict",
     "pretrain",
     "probe",
@@ -100,6 +107,7 @@ __all__ = [
     "retrieve",
     "robustness",
     "save_model",
+    "tokenizer",
 ]
 
 _HOMES = {
@@ -119,6 +127,7 @@ _HOMES = {
         "Knn",
         "Lowshot",
         "Partial",
+        "Pca",
         "Predict",
         "Pretrain",
         "Probe",
@@ -126,6 +135,7 @@ _HOMES = {
         "Reconstruct",
         "Retrieve",
         "Robustness",
+        "Tokenizer",
     ),
     "maekit.tasks": ("Result",),
     "maekit.tasks.compare": ("compare",),
@@ -139,6 +149,7 @@ _HOMES = {
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.partial": ("partial",),
+    "maekit.tasks.pca": ("pca",),
     "maekit.tasks.predict": ("predict",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),
@@ -146,6 +157,7 @@ _HOMES = {
     "maekit.tasks.reconstruct": ("reconstruct",),
     "maekit.tasks.retrieve": ("retrieve",),
     "maekit.tasks.robustness": ("robustness",),
+    "maekit.tasks.tokenizer": ("tokenizer",),
 }
 
 

@@ -36,6 +36,8 @@ PAPER_RATIOS = (75, 85, 95)
 TARGET_WORDS = {
     "norm_pixel": "pixels normalised per patch",
     "pixel": "plain pixels",
+    "pca": "principal components of patches",
+    "token": "codes of a tokenizer",
     "low_pass": "pixels without fine texture",
     "hog": "histograms of oriented gradients",
 }

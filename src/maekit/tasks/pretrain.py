@@ -9,18 +9,21 @@ from torch import Tensor, nn
 
 from maekit.data.augment import EvalView, PretrainView, default_crop_pct
 from maekit.data.loader import Batch, Loader
+from maekit.data.masks import Masks, open_masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
+from maekit.interchange.targets import Target, load_target
 from maekit.interchange.weights import as_model, metadata, read_weights, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
-from maekit.model.masking import check_masking
+from maekit.model.masking import check_masking, ratio_of_step
+from maekit.model.targets import MADE, Components, Tokens
 from maekit.model.variant import Variant
 from maekit.report.pretraining import pretrain_report
 from maekit.seeds import seed_all
 from maekit.settings import Pretrain
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
-from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, spread, train_loader
+from maekit.tasks.training import Statistics, channels_of, default_out, prepare, say_what_runs, spread, train_loader
 from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
@@ -63,21 +66,24 @@ def _source(settings: Pretrain, dataset: Any) -> Source:
 
 def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     channels = channels_of(source, settings.channels)
-    model = new_model(settings, channels)
+    goal = _goal(settings)
+    model = new_model(settings, channels, goal)
     _check(settings, model)  # refused before anything is read or written
+    masks = _masks(settings, source, model)
+    statistics = _statistics(settings, channels)
+    if goal is not None and goal.kind == "pca":
+        statistics = _same_images(goal, source, statistics)
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
-    resolved = prepare(run, settings, settings, source, here, model, statistics=_statistics(settings, channels))
+    resolved = prepare(run, settings, settings, source, here, model, statistics=statistics)
     model.to(here.device).train()
-    if settings.checkpointing:
-        model.encoder.set_grad_checkpointing()
-        model.decoder.checkpointing = True
+    model.set_checkpointing(settings.checkpointing)
 
     view = PretrainView(settings.img_size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter)
     loader = train_loader(
         source, view, settings, resolved, here, run,
-        size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches,
+        size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches, masks=masks,
     )  # fmt: skip
     plan = Plan(
         schedule(settings, loader.steps_per_epoch, loader.batch_size),
@@ -89,7 +95,10 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
 
     def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(module, MaskedAutoencoder)
-        return {"loss": module.loss(batch["images"], batch["noise"], mask_ratio=settings.mask_ratio)}
+        ratio = settings.mask_ratio
+        if settings.mask_ratio_max is not None:
+            ratio = ratio_of_step(ratio, settings.mask_ratio_max, settings.seed, int(batch["step"]))
+        return {"loss": module.loss(batch["images"], batch["noise"], ratio, batch.get("scores"))}
 
     groups = pretrain_groups(model, settings.weight_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=plan.schedule.peak)
@@ -123,10 +132,15 @@ def _save_average(model: MaskedAutoencoder, run: Run) -> None:
     save_encoder(model, run.path / "encoder-ema.safetensors")
 
 
-def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
-    """Build the model of these settings; its initial weights are a function of the seed."""
+def new_model(settings: Pretrain, channels: int, goal: Target | None = None) -> MaskedAutoencoder:
+    """Build the model of these settings; its initial weights are a function of the seed.
+
+    Args:
+        channels: per image.
+        goal: what ``target_from`` holds.
+    """
     seed_all(settings.seed)
-    return create_model(
+    model = create_model(
         settings.model,
         img_size=settings.img_size,
         patch_size=settings.patch_size,
@@ -139,8 +153,76 @@ def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
         decoder_depth=settings.decoder_depth,
         decoder_heads=settings.decoder_heads,
         target=settings.target,
+        target_spec=None if goal is None else goal.spec,
         variant=Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)}),
     )
+    if goal is not None:
+        assert isinstance(model.objective, Components | Tokens)
+        model.objective.made.load_state_dict(goal.tensors)
+    return model
+
+
+def _masks(settings: Pretrain, source: Source, model: MaskedAutoencoder) -> Masks | None:
+    """Open the masks that were given.
+
+    Raises:
+        MaekitError: E-DATA-MASK; E-CONFIG-MASK for a mask of each whole image with views that show parts of it.
+    """
+    if settings.mask_from is None:
+        return None
+    masks = open_masks(settings.mask_from, source, model.grid)
+    whole = settings.crop == "centre" and default_crop_pct(settings.img_size) == 1.0
+    whole = whole or (settings.crop == "random" and settings.crop_scale == (1.0, 1.0))
+    if masks.per_image and (settings.flip or not whole):
+        raise MaekitError(
+            "E-CONFIG-MASK", f"masks in {settings.mask_from}, one for each image", found="views of parts of the image",
+            expected="views of the whole image, as the masks are", hint="--crop-scale 1 1 --no-flip",
+        )  # fmt: skip
+    return masks
+
+
+def _goal(settings: Pretrain) -> Target | None:
+    """Read what is to be predicted, where it was made beforehand.
+
+    Raises:
+        MaekitError: E-CONFIG-TARGET for a target without ``target_from`` or another one; as `load_target`.
+    """
+    made = settings.target in MADE
+    if made != (settings.target_from is not None):
+        raise MaekitError(
+            "E-CONFIG-TARGET", f"target {settings.target} {'without' if made else 'with'} target_from",
+            expected="target_from for targets pca and token, and for no other",
+            hint=f"maekit {'pca' if settings.target == 'pca' else 'tokenizer'} makes one" if made else "--target pca",
+        )  # fmt: skip
+    if settings.target_from is None:
+        return None
+    goal = load_target(settings.target_from)
+    if goal.name != settings.target:
+        raise MaekitError(
+            "E-CONFIG-TARGET", f"{settings.target_from} for target {settings.target}", found=f"one for {goal.name}",
+            hint=f"--target {goal.name}",
+        )  # fmt: skip
+    return goal
+
+
+def _same_images(goal: Target, source: Source, wanted: Statistics | None) -> Statistics:
+    """Return mean and deviation that a PCA's pixels were normalised with; refuse one of other images.
+
+    A tokenizer is not asked: it looks at values in 0..1, and may have been trained on any images.
+
+    Raises:
+        MaekitError: E-CONFIG-TARGET.
+    """
+    if goal.fingerprint != source.fingerprint():
+        found, expected = "components of other images", f"those of {source.name}"
+    elif wanted not in (None, (goal.mean, goal.std)):
+        found, expected = "pixels normalised otherwise", "mean and deviation of this run"
+    else:
+        return goal.mean, goal.std
+    raise MaekitError(
+        "E-CONFIG-TARGET", f"{goal.path}", found=found, expected=expected,
+        hint="maekit pca with the images and settings of this run",
+    )  # fmt: skip
 
 
 def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder: bool) -> None:
