@@ -76,7 +76,7 @@ Names = Annotated[list[str], Commas, Field(min_length=1)]
 Paths = Annotated[list[Path], Commas]
 Pool = Literal["mean", "cls"]
 GridPlace = Annotated[tuple[Index, Index], BeforeValidator(_row_and_column)]
-GalleryPart = Literal["beside", "ratios", "training", "attention", "features", "failures"]
+GalleryPart = Literal["beside", "masks", "ratios", "training", "attention", "features", "failures"]
 GalleryParts = Annotated[list[GalleryPart], Commas, Field(min_length=1)]
 Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -678,7 +678,7 @@ class Gallery(Place, Machine):
 
     runs: list[Path] = setting([], "run folders or weights; several are set side by side")
     only: GalleryParts = setting(
-        ["beside", "ratios", "training", "attention", "features", "failures"],
+        ["beside", "masks", "ratios", "training", "attention", "features", "failures"],
         "parts of the page, as ratios,failures; beside: several runs; default: all",
     )
     split: Literal["val", "train", "all"] = setting("val", "which images of DATA: those held out, trained on, or all")

@@ -14,7 +14,7 @@ from maekit.model.mae import create_model
 from maekit.tasks.gallery import gallery
 
 ALL = {
-    "ratios.png", "training.png", "attention-class.png", "attention-2-2.png", "attention-rollout.png",
+    "masks.png", "ratios.png", "training.png", "attention-class.png", "attention-2-2.png", "attention-rollout.png",
     "features.png", "features-without-place.png", "failures-images.png", "failures-patches.png",
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_the_command_writes_a_page_and_every_picture(maekit: Callable[..., Any],
     )
     assert done.code == 0, done.stderr
     assert done.json["images"] == 3
-    assert done.json["parts"] == ["Mask ratios", "Over training", "Attention", "Features", "Failures"]
+    assert done.json["parts"] == ["Kinds of masks", "Mask ratios", "Over training", "Attention", "Features", "Failures"]
     out = run / "gallery"
     assert {file.name for file in out.iterdir()} == ALL | {"index.html"}
     assert {Path(file).name for file in done.json["files"]} == ALL | {"index.html"}

@@ -168,7 +168,7 @@ def reconstruct_images(
     check_ratio(model, ratio)
     scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     noise = mask_noise(seed, len(scaled), model.num_patches) if noise is None else noise
-    low, high = _window(scaled)
+    low, high = window(scaled)
     was_training = model.training
     model.eval()
     try:
@@ -195,7 +195,7 @@ def shows_pixels(model: MaskedAutoencoder) -> bool:
     return model.objective.to_patches(torch.zeros(1, 1, model.objective.num_values, device=device)) is not None
 
 
-def _window(images: Tensor) -> tuple[float, float]:
+def window(images: Tensor) -> tuple[float, float]:
     """Return the values shown black and white: 0 and 1, or the images' own range where they exceed it."""
     low, high = float(images.min()), float(images.max())
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-6))

@@ -19,7 +19,15 @@ from maekit.report.gallery_attention import attend, attention_part
 from maekit.report.gallery_failures import failures_part, find_errors
 from maekit.report.gallery_features import features_part
 from maekit.report.gallery_reconstructions import beside_part, ratios_part, training_part
-from maekit.report.reconstruction import check_ratio, percent, possible_ratios, reconstruct_images, shows_pixels
+from maekit.report.masks import mask_figure
+from maekit.report.reconstruction import (
+    check_ratio,
+    percent,
+    possible_ratios,
+    reconstruct_images,
+    shows_pixels,
+    window,
+)
 from maekit.seeds import seed_all
 from maekit.settings import Gallery
 from maekit.tasks import Result
@@ -41,7 +49,7 @@ class Arm:
     """One run of the gallery.
 
     Attributes:
-        images: (n, C, H, W), 0..1 or as the array holds them, as this model's evaluation sees them.
+        images: (n, C, H, W), 0..1 or as arrays hold them, as this model's evaluation sees them.
         ratio: share of patches removed where one ratio is shown.
         prefix: of its files' names, empty where there is one run.
     """
@@ -53,6 +61,12 @@ class Arm:
     names: list[str]
     ratio: float
     prefix: str
+
+    @property
+    def pictures(self) -> Tensor:
+        """The images to look at, 0..1."""
+        low, high = window(self.images)
+        return (self.images - low) / (high - low)
 
     @property
     def inputs(self) -> Tensor:
@@ -181,14 +195,14 @@ def _training(arm: Arm, settings: Gallery, _: Source) -> Part:
 
 
 def _features(arm: Arm, settings: Gallery, _: Source) -> Part:
-    return features_part(arm.model, arm.images, arm.inputs, _blocks(arm, settings), arm.names, arm.prefix)
+    return features_part(arm.model, arm.pictures, arm.inputs, _blocks(arm, settings), arm.names, arm.prefix)
 
 
 def _attention(arm: Arm, settings: Gallery, _: Source) -> Part:
     rows, columns = arm.model.grid
     places = settings.patches or [(rows // 2, columns // 2)]
     found = attend(arm.model, arm.inputs, places, _blocks(arm, settings))
-    return attention_part(arm.model, arm.images, found, arm.names, arm.prefix)
+    return attention_part(arm.model, arm.pictures, found, arm.names, arm.prefix)
 
 
 def _failures(arm: Arm, settings: Gallery, source: Source) -> Part:
@@ -197,7 +211,20 @@ def _failures(arm: Arm, settings: Gallery, source: Source) -> Part:
     return failures_part(arm.model, images, names, errors, settings.count, settings.seed, arm.prefix)
 
 
+def _masks(arm: Arm, settings: Gallery, _: Source) -> Part:
+    try:
+        figure = mask_figure(arm.pictures, arm.model.grid, settings.seed, arm.names, max_side=112)
+    except MaekitError as error:
+        return Part("Kinds of masks", text=[str(error)])
+    told = "Kind, share removed, and the side of the squares that are removed whole where it is not one patch."
+    return Part(
+        "Kinds of masks", text=["Each kind as pre-training would draw it, whatever this run was trained with."],
+        pictures={f"{arm.prefix}masks.png": (figure, told)},
+    )  # fmt: skip
+
+
 DRAWN: dict[str, Callable[[Arm, Gallery, Source], Part]] = {
+    "masks": _masks,
     "ratios": _ratios,
     "training": _training,
     "features": _features,
