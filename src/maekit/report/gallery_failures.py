@@ -27,6 +27,8 @@ FINE = 0.25
 """Cycles per pixel from which a frequency is called high: half of the highest that pixels can hold."""
 CONTEXT = 1
 """Patches around a worst patch that are shown with it, on each side."""
+STRIP_SIDE = 110
+"""Pixels to which a worst patch and its neighbours are enlarged, by a whole factor."""
 PER_IMAGE = 2
 """Worst patches taken of one image, lest one picture fill the page."""
 
@@ -263,9 +265,7 @@ def _patches_figure(
     strips, captions = [], []
     for image, patch in patches:
         place = divmod(patch, model.grid[1])
-        strips.append(
-            _strip([_around(framed(each, place, model.patch), place, model) for each in views[image].values()])
-        )
+        strips.append(_strip([_around(shown(each), place, model) for each in views[image].values()]))
         captions.append(f"{errors.loss[image, patch]:.3f}, row {place[0]} column {place[1]} of {names[image]}")
     return captioned_grid(strips, captions, columns=3, max_side=336)
 
@@ -277,10 +277,15 @@ def _strip(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def _around(image: Tensor, place: tuple[int, int], model: MaskedAutoencoder) -> Tensor:
-    """Cut a patch and its neighbours out of an image (3, H, W); at a border the window moves inwards."""
+    """Cut a patch and its neighbours out of an image (3, H, W), enlarge them and frame the patch.
+
+    At a border the window moves inwards.
+    """
+    sizes = [min(2 * CONTEXT + 1, count) for count in model.grid]
+    starts = [min(max(at - CONTEXT, 0), count - size) for at, count, size in zip(place, model.grid, sizes, strict=True)]
     cut = image
-    for axis, (at, count) in enumerate(zip(place, model.grid, strict=True), 1):
-        size = min(2 * CONTEXT + 1, count)
-        start = min(max(at - CONTEXT, 0), count - size)
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 1):
         cut = cut.narrow(axis, start * model.patch, size * model.patch)
-    return cut
+    factor = max(1, STRIP_SIDE // (max(sizes) * model.patch))
+    large = cut.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return framed(large, (place[0] - starts[0], place[1] - starts[1]), model.patch * factor)
