@@ -679,7 +679,8 @@ class Gallery(Place, Machine):
     runs: list[Path] = setting([], "run folders or weights; several are set side by side")
     only: GalleryParts = setting(
         ["beside", "masks", "ratios", "training", "attention", "features", "failures"],
-        "parts of the page, as ratios,failures; beside: several runs; default: all",
+        "parts: beside (several runs), masks, ratios, training, attention, features, failures; several as "
+        "ratios,failures; default: all",
     )
     split: Literal["val", "train", "all"] = setting("val", "which images of DATA: those held out, trained on, or all")
     count: int = setting(8, "images shown, evenly spaced", ge=1, le=1000)
