@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from maekit.errors import MaekitError
     from maekit.interchange.weights import load_classifier, load_model, save_model
     from maekit.model.mae import MaskedAutoencoder, create_model
+    from maekit.model.variant import Variant
     from maekit.settings import (
         Compare,
         Convert,
@@ -83,6 +84,7 @@ __all__ = [
     "Retrieve",
     "Robustness",
     "Tokenizer",
+    "Variant",
     "__version__",
     "compare",
     "convert",
@@ -114,6 +116,7 @@ _HOMES = {
     "maekit.errors": ("MaekitError",),
     "maekit.interchange.weights": ("load_classifier", "load_model", "save_model"),
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
+    "maekit.model.variant": ("Variant",),
     "maekit.settings": (
         "Compare",
         "Convert",
