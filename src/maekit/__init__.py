@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Embed,
         Evaluate,
         Finetune,
+        Gallery,
         Inspect,
         Knn,
         Lowshot,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from maekit.tasks.embed import embed
     from maekit.tasks.evaluate import evaluate
     from maekit.tasks.finetune import finetune
+    from maekit.tasks.gallery import gallery
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
@@ -65,6 +67,7 @@ __all__ = [
     "Embed",
     "Evaluate",
     "Finetune",
+    "Gallery",
     "Inspect",
     "Knn",
     "Lowshot",
@@ -90,6 +93,7 @@ __all__ = [
     "embed",
     "evaluate",
     "finetune",
+    "gallery",
     "inspect",
     "knn",
     "load_classifier",
@@ -121,6 +125,7 @@ _HOMES = {
         "Embed",
         "Evaluate",
         "Finetune",
+        "Gallery",
         "Inspect",
         "Knn",
         "Lowshot",
@@ -142,6 +147,7 @@ _HOMES = {
     "maekit.tasks.embed": ("embed",),
     "maekit.tasks.evaluate": ("evaluate",),
     "maekit.tasks.finetune": ("finetune",),
+    "maekit.tasks.gallery": ("gallery",),
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),

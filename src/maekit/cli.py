@@ -168,6 +168,15 @@ VERBS: dict[str, Verb] = {
             "maekit reconstruct runs/a --data my_photos --ratios 50 75 90 --out pictures",
         ),
     ),
+    "gallery": Verb(
+        settings.Gallery,
+        "maekit.tasks.gallery",
+        "gallery",
+        (
+            "maekit gallery runs/a --data my_photos --out pictures",
+            "maekit gallery runs/a runs/b --data my_photos --only beside,failures --count 12",
+        ),
+    ),
     "embed": Verb(
         settings.Embed,
         "maekit.tasks.embed",

@@ -50,6 +50,11 @@ def _parted(value: Any) -> list[Any]:
     return value.split(",") if isinstance(value, str) else [value]
 
 
+def _row_and_column(value: Any) -> Any:
+    """Read ``3,5`` as row 3, column 5."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("the smaller value first")
@@ -59,6 +64,7 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Index = Annotated[int, Field(ge=0)]
 Severity = Annotated[int, Field(ge=1, le=5)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_rising)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_pair)]
@@ -69,6 +75,9 @@ Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_
 Names = Annotated[list[str], Commas, Field(min_length=1)]
 Paths = Annotated[list[Path], Commas]
 Pool = Literal["mean", "cls"]
+GridPlace = Annotated[tuple[Index, Index], BeforeValidator(_row_and_column)]
+GalleryPart = Literal["beside", "masks", "ratios", "training", "attention", "features", "failures"]
+GalleryParts = Annotated[list[GalleryPart], Commas, Field(min_length=1)]
 Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
 AllOrBlocks = Annotated[float, Field(ge=0)] | Literal["all"]
@@ -665,6 +674,33 @@ class Reconstruct(Machine):
     count: int = setting(8, "images taken from --data", ge=1, le=1000)
     ratios: list[float] = setting([75, 85, 95], "mask ratios in per cent")
     out: Path | None = setting(None, "folder for the pictures")
+
+
+class Gallery(Place, Machine):
+    """Draw a page of pictures: reconstructions, attention, features, failures."""
+
+    positional: ClassVar[tuple[str, ...]] = ("runs",)
+
+    runs: list[Path] = setting([], "run folders or weights; several are set side by side")
+    only: GalleryParts = setting(
+        ["beside", "masks", "ratios", "training", "attention", "features", "failures"],
+        "parts: beside (several runs), masks, ratios, training, attention, features, failures; several as "
+        "ratios,failures; default: all",
+    )
+    split: Literal["val", "train", "all"] = setting("val", "which images of DATA: those held out, trained on, or all")
+    count: int = setting(8, "images shown, evenly spaced", ge=1, le=1000)
+    ratios: list[float] = setting([75, 85, 95], "mask ratios in per cent of the part of that name")
+    mask_ratio: float | None = setting(
+        None, "share of patches removed in the other parts; default: that of the run", gt=0, lt=1
+    )
+    blocks: Counts | Literal["all"] | None = setting(
+        None, "attention, features: blocks, counted from 1, as 6,12, or all; default: up to six"
+    )
+    patches: list[GridPlace] = setting(
+        [], "attention: patches that look, as 3,5 7,7: row,column from 0; default: middle"
+    )
+    among: int = setting(256, "failures: images that are looked through", ge=1, le=1_000_000)
+    out: Path | None = setting(None, "folder of index.html and its pictures; default: RUN/gallery")
 
 
 class Embed(Images, Processes):

@@ -103,7 +103,7 @@ def test_default_ratios_that_so_few_patches_do_not_allow_are_left_out_and_said(
     save_model(model, tmp_path / "m.safetensors")
     asked = {"run": tmp_path / "m.safetensors", "images": photos, "out": tmp_path / "out"}
     assert list(reconstruct(asked).metrics["ratios"]) == ["75", "85"]  # type: ignore[call-overload]
-    assert "95 per cent would keep none of 16 patches" in caplog.text
+    assert "95 per cent cannot be removed of 16 patches" in caplog.text
     with pytest.raises(MaekitError, match="E-CONFIG-MASK"):
         reconstruct(asked | {"ratios": [75, 85, 95]})
 

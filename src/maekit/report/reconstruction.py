@@ -145,7 +145,9 @@ def mask_noise(seed: int, count: int, num_patches: int) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, seed: int = 0) -> Reconstruction:
+def reconstruct_images(
+    model: MaskedAutoencoder, images: Tensor, ratio: float, seed: int = 0, *, noise: Tensor | None = None
+) -> Reconstruction:
     """Mask, predict and compare.
 
     Args:
@@ -153,6 +155,7 @@ def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, s
         images: (B, C, H, W) of the model's size, uint8, or float as read (not normalised).
         ratio: share of patches removed.
         seed: chooses the masks.
+        noise: (B, N) that the masks are drawn from, in place of `seed`.
 
     Raises:
         MaekitError: E-CONFIG-MASK, E-CONFIG-SIZE; E-CONFIG-TARGET for a model whose predictions are no pixels.
@@ -164,8 +167,8 @@ def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, s
         )  # fmt: skip
     check_ratio(model, ratio)
     scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    noise = mask_noise(seed, len(scaled), model.num_patches)
-    low, high = _window(scaled)
+    noise = mask_noise(seed, len(scaled), model.num_patches) if noise is None else noise
+    low, high = window(scaled)
     was_training = model.training
     model.eval()
     try:
@@ -192,7 +195,7 @@ def shows_pixels(model: MaskedAutoencoder) -> bool:
     return model.objective.to_patches(torch.zeros(1, 1, model.objective.num_values, device=device)) is not None
 
 
-def _window(images: Tensor) -> tuple[float, float]:
+def window(images: Tensor) -> tuple[float, float]:
     """Return the values shown black and white: 0 and 1, or the images' own range where they exceed it."""
     low, high = float(images.min()), float(images.max())
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, max(high, low + 1e-6))
@@ -210,7 +213,7 @@ def _views(
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (model.mean, model.std))
     inputs = (images.to(device) - mean) / std
-    seen = torch.cat([model.corrupt(x, _drawn_as(n)) for x, n in zip(inputs.split(1), noise, strict=True)])
+    seen = seen_by(model, inputs, noise)
     out = model(inputs, ratio, noise=noise.to(device), seen=seen)
     mask, pred = out.mask.cpu(), model.objective.to_patches(out.pred.float())
     assert pred is not None, model.target
@@ -241,6 +244,14 @@ def _views(
     pictures = {name: unpatchify(patches, model.patch, model.grid) for name, patches in shown.items()}
     mse = views.masked_mse(honest.clamp(0, 1), truth, mask)
     return pictures | {"_loss": out.loss.cpu(), "_mse": mse, "_fill": views.masked_mse(fill, truth, mask)}
+
+
+def seen_by(model: MaskedAutoencoder, inputs: Tensor, noise: Tensor) -> Tensor:
+    """Return what the encoder sees of normalised images (B, C, H, W): with noise on them where the model is so.
+
+    That is drawn anew for each image from its mask's noise (B, N): the same in every picture of it.
+    """
+    return torch.cat([model.corrupt(x, _drawn_as(n)) for x, n in zip(inputs.split(1), noise, strict=True)])
 
 
 def _drawn_as(noise: Tensor) -> torch.Generator:

@@ -106,7 +106,7 @@ def _images(settings: Reconstruct, model: MaskedAutoencoder) -> tuple[Tensor, li
     found = (
         _from_files(settings.images, model)
         if settings.images
-        else _from_source(str(settings.data), settings.count, model)
+        else evenly_spaced(open_source(str(settings.data), "val"), settings.count, model, str(settings.data))
     )
     views = [view for view, _ in found]
     if len({view.dtype for view in views}) > 1:  # pictures among float arrays
@@ -132,16 +132,21 @@ def _from_files(paths: list[Path], model: MaskedAutoencoder) -> list[tuple[Tenso
     return found
 
 
-def _from_source(data: str, count: int, model: MaskedAutoencoder) -> list[tuple[Tensor, str]]:
-    """Read `count` held-out images, evenly spaced so that every class folder has its turn; skip unreadable ones."""
-    source = open_source(data, "val")
+def evenly_spaced(source: Source, count: int, model: MaskedAutoencoder, data: str) -> list[tuple[Tensor, str]]:
+    """Read `count` images as the model's evaluation sees them, with their names; skip unreadable ones.
+
+    They are evenly spaced, so that every class folder has its turn.
+
+    Raises:
+        MaekitError: E-DATA-BAD, naming `data`, if none can be read.
+    """
     wanted = min(count, len(source))
     found: list[tuple[Tensor, str]] = []
     for turn in range(wanted):
         start, end = turn * len(source) // wanted, (turn + 1) * len(source) // wanted
         found += _first_readable(source, range(start, end), model)
     if not found:
-        raise MaekitError("E-DATA-BAD", f"{data}", found="no readable image", hint=f"maekit data {data}")
+        raise MaekitError("E-DATA-BAD", data, found="no readable image", hint=f"maekit data {data}")
     return found
 
 
