@@ -25,7 +25,7 @@ from maekit.data.source import DatasetSource
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep, random_masking
 from maekit.model.patches import patchify, sincos_2d
-from maekit.model.targets import TARGETS
+from maekit.model.targets import PIXELS
 from maekit.seeds import mix
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -148,7 +148,7 @@ def numbers_of_the_model() -> Numbers:
     return {
         "orders": orders(),
         "positions": {f"{rows} x {columns}": some(sincos_2d(64, (rows, columns), 1), 8) for rows, columns in grids},
-        **{target: passes(target) for target in TARGETS},
+        **{target: passes(target) for target in PIXELS},
     }
 
 

@@ -182,13 +182,49 @@ class Architecture(Settings):
 class Autoencoder(Architecture):
     """Model"""
 
-    decoder_dim: int = setting(512, "decoder width (paper section 4, default row)", ge=4)
-    decoder_depth: int = setting(8, "decoder blocks (paper section 4, default row)", ge=1)
-    decoder_heads: int = setting(16, "decoder attention heads (OFF)", ge=1)
-    target: Literal["norm_pixel", "pixel"] = setting(
-        "norm_pixel", "what is predicted: each patch normalised by its own mean and variance, or plain pixels"
+    class_tokens: int | None = setting(
+        None, "0, 1 or more (the others as timm's register tokens); default: the model's own", ge=0, le=1024
     )
-    mask_ratio: float = setting(0.75, "share of patches removed (paper Fig. 5)", gt=0, lt=1)
+    positions: Literal["sincos", "learned"] = setting("sincos", "position embeddings: fixed sine-cosine, or learned")
+    decoder_dim: int = setting(512, "decoder width (paper section 4, default row); no part at depth 0", ge=4)
+    decoder_depth: int = setting(
+        8, "decoder blocks (paper section 4, default row); 0: a linear head on all places", ge=0
+    )
+    decoder_heads: int = setting(16, "decoder attention heads (OFF); no part at depth 0", ge=1)
+    decoder_kind: Literal["self", "cross"] = setting(
+        "self", "attention among all places, or from mask tokens to visible ones (CrossMAE)"
+    )
+    decode_ratio: Share | None = setting(None, "share of all patches that are decoded; default: all that are removed")
+    encoder_mask_token: bool = setting(
+        False, "run the encoder on all places, with mask tokens in it (paper Table 1c; BEiT)"
+    )
+    target: Literal["norm_pixel", "pixel", "low_pass", "hog"] = setting(
+        "norm_pixel",
+        "norm_pixel: each patch by its own mean and variance; pixel; low_pass: without fine texture; "
+        "hog: histograms of gradients",
+    )
+    loss_on: Literal["masked", "all", "visible"] = setting("masked", "patches whose error counts (paper section 3)")
+
+
+class Masks(Settings):
+    """Masks"""
+
+    mask_ratio: float = setting(
+        0.75, "share of patches removed (paper Fig. 5); no part with mask_kind none", gt=0, lt=1
+    )
+    mask_ratio_max: float | None = setting(
+        None, "draw the ratio of each step between mask_ratio and this; default: always mask_ratio", gt=0, lt=1
+    )
+    mask_kind: Literal["random", "block", "grid", "centre", "given", "none"] = setting(
+        "random", "which patches: random, block (as BEiT), grid, centre (one block), given (mask_from), none"
+    )
+    mask_unit: int = setting(1, "side, in patches, of the squares removed or kept whole (long_seq_mae: 2)", ge=1)
+    mask_from: Path | None = setting(
+        None, "for mask_kind given: .npy of one mask or one per image, or a folder of grey pictures"
+    )
+    add_noise: float = setting(
+        0.0, "deviation of noise on what the encoder sees, of normalised pixels (denoising)", ge=0, le=1e6
+    )
 
 
 class Loop(Settings):
@@ -236,16 +272,25 @@ class Loop(Settings):
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
 
 
-class Pretrain(Images, Size, Statistics, Autoencoder, Loop, Machine):
+class Pretrain(Images, Size, Statistics, Autoencoder, Masks, Loop, Machine):
     """Pre-train a masked autoencoder on unlabelled images."""
 
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
     init: Path | None = setting(None, "start from these weights (decoder too if it is there)")
     epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
     base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
-    crop_scale: Shares = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
+    crop: Literal["random", "fixed", "centre"] = setting(
+        "random", "random: size and place; fixed: place only, after a resize; centre (paper Table 1e)"
+    )
+    crop_scale: Shares = setting((0.2, 1.0), "area range of crop random (OFF); 1 1: whole image")
     flip: bool = setting(True, "mirror half of the images (T8)")
+    color_jitter: float = setting(
+        0.0, "brightness, contrast, saturation by 1 - this to 1 + this (paper Table 1e: + color jit)", ge=0, le=1
+    )
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
+    checkpointing: bool = setting(
+        False, "compute activations twice to save memory: encoder and decoder blocks", resume="free"
+    )
 
 
 class Held(Settings):

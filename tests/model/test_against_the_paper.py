@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import len_keep
-from maekit.model.targets import TARGETS
+from maekit.model.targets import PIXELS
 
 from .conftest import Build
 from .reference import flatten_patches, reference
@@ -98,7 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
         decoder_dim=4 * decoder_heads * draw(st.integers(1, 3)),
         decoder_depth=draw(st.integers(1, 3)),
         decoder_heads=decoder_heads,
-        target=draw(st.sampled_from(TARGETS if patch * patch * channels > 1 else ["pixel"])),
+        target=draw(st.sampled_from(PIXELS if patch * patch * channels > 1 else ["pixel"])),
     ).double()
     with torch.no_grad():
         for parameter in model.parameters():

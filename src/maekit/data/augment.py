@@ -74,6 +74,23 @@ def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]
     )
 
 
+def fixed_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut a box of fixed size out of the resized image, at a random place (paper table 1e, "crop, fixed size").
+
+    224 px: out of one whose shorter side is 256, as is usual where only the place varies. Below 112 px, where images
+    are resized to the model's size itself: out of one with a border of an eighth of the side, mirrored (32 px: 4 px,
+    the usual augmentation of CIFAR).
+    """
+    pct = default_crop_pct(size)
+    if pct == 1.0 and min(size) < 112:
+        border = [max(1, size[1] // 8), max(1, size[0] // 8)]
+        image = F.pad(resize_to_cover(image, size, 1.0), border, padding_mode="reflect")
+    else:
+        image = resize_to_cover(image, size, 0.875)
+    top, left = (int(torch.randint(0, have - want + 1, ())) for have, want in zip(image.shape[-2:], size, strict=True))
+    return F.crop(image, top, left, *size)
+
+
 def clamped_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
     """Cut a random box of about `scale` of the area out and resize it to `size`, as the official linear probe does.
 
@@ -136,16 +153,30 @@ class CropsView:
 
 @dataclass(frozen=True)
 class PretrainView:
-    """Random resized crop and mirror (paper appendix A.1; scale .2 to 1, bicubic: official code)."""
+    """Random resized crop and mirror (paper appendix A.1; scale .2 to 1, bicubic: official code).
+
+    Attributes:
+        crop: "random": size and place; "fixed": place only; "centre" (paper table 1e's arms, `fixed_crop`).
+        color_jitter: brightness, contrast and saturation are multiplied by 1 - this to 1 + this.
+    """
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
+    crop: str = "random"
+    color_jitter: float = 0.0
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
-        image = random_crop(image, self.size, self.scale)
-        return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
+        if self.crop == "random":
+            image = random_crop(image, self.size, self.scale)
+        elif self.crop == "fixed":
+            image = fixed_crop(image, self.size)
+        else:
+            image = eval_view(image, self.size, default_crop_pct(self.size))
+        if self.flip and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return ColorJitter(*(self.color_jitter,) * 3)(image) if self.color_jitter else image
 
 
 @dataclass(frozen=True)

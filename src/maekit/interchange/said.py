@@ -13,7 +13,7 @@ from maekit.errors import MaekitError, clean
 from maekit.interchange.files import File, read_json
 from maekit.interchange.reading import Hints, some
 from maekit.model.encoder import Geometry, geometry
-from maekit.model.targets import TARGETS
+from maekit.model.targets import PIXELS
 
 T = TypeVar("T")
 Size = tuple[int, int]
@@ -150,7 +150,7 @@ class Said:
             self.notes.append(
                 "target norm_pixel, the paper's best: the file does not say (the authors' demo weights predict pixels)"
             )
-        return target or TARGETS[0]
+        return target or PIXELS[0]
 
     def size(self) -> tuple[Size | None, bool]:
         """Return height and width of the images, and whether shapes must agree with them."""

@@ -64,11 +64,17 @@ class Spec(BaseModel):
     num_heads: Count | None
     drop_path: float
     decoder_dim: Count
-    decoder_depth: Depth
+    decoder_depth: Annotated[int, Field(ge=0, le=1024)]
     decoder_heads: Count
     target: str
+    variant: dict[str, bool | int | float | str] | None = None
     mean: list[float]
     std: list[float]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as `MaskedAutoencoder.spec` holds them."""
+        spec = self.model_dump(mode="json")
+        return spec if self.variant is not None else {name: spec[name] for name in spec if name != "variant"}
 
 
 class Header(BaseModel):
@@ -419,7 +425,7 @@ def _agree(hints: Hints, spec: dict[str, Any]) -> None:
 
 def _own(path: Path, header: Header, tensors: Tensors) -> Reading:
     """Compare a file of maekit's with the architecture it names before any memory is spent on that."""
-    spec, kind = header.spec.model_dump(mode="json"), header.kind
+    spec, kind = header.spec.arguments(), header.kind
     head = tensors.get("head.bias")
     if kind == "classifier" and (header.pool is None or head is None or head.ndim != 1):
         raise MaekitError("E-CKPT-FORMAT", f"{path}", found="a classifier without pool or head")

@@ -29,6 +29,8 @@ from maekit.interchange.reading import Reading
 from maekit.interchange.said import EPSILON, PROBLEMS
 from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
+from maekit.model.targets import PIXELS
+from maekit.model.variant import Variant
 
 
 def official(reading: Reading, place: Path) -> list[Row]:
@@ -234,7 +236,16 @@ def _preprocessor(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _only_plain(reading: Reading, what: str) -> None:
-    """Refuse what a plain ViT with a class token does not have: leaving it out would change every feature."""
+    """Refuse what a plain ViT with a class token does not have: leaving it out would change every feature.
+
+    Of an autoencoder also what the paper's default row has not: its decoder would be another one there.
+    """
+    if reading.kind == "mae" and (other := _other_decoder(reading.spec)):
+        raise MaekitError(
+            "E-CKPT-LAYOUT", f"this autoencoder as {what}", found=other,
+            expected="the paper's decoder, of pixels",
+            hint="--to timm for the encoder, or --to safetensors, which holds everything",
+        )  # fmt: skip
     tensors = reading.whole()
     extra = [name for name in tensors if name.startswith("encoder.") and not theirs(OFFICIAL, name)]
     missing = [name for name in ("encoder.cls_token", "encoder.pos_embed") if name not in tensors]
@@ -248,6 +259,14 @@ def _only_plain(reading: Reading, what: str) -> None:
             expected="a plain ViT with a class token",
             hint="--to timm or --to safetensors, which hold everything of an encoder",
         )
+
+
+def _other_decoder(spec: dict[str, Any]) -> str:
+    """Return what makes a decoder one that only this package has, or an empty string."""
+    variant = Variant.of(spec.get("variant"))
+    if variant.full_length or variant.decoder_kind == "cross":
+        return "a decoder of another kind: " + ", ".join(map(str, variant.departures()))
+    return f"target {spec['target']}" if spec["target"] not in PIXELS else ""
 
 
 def _num_patches(spec: dict[str, Any]) -> int:

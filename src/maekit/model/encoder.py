@@ -9,7 +9,7 @@ B batch, P patch side, C channels, N patches, K kept patches, D token width, T t
 
 import difflib
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maekit.errors import MaekitError
-from maekit.model.patches import sincos_2d
+from maekit.model.patches import place, sincos_2d
 
 HOMES = ("vision_transformer", "deit")
 """timm's modules whose models are plain VisionTransformers (the class is checked, too)."""
@@ -45,6 +45,7 @@ def create_encoder(
     depth: int | None = None,
     num_heads: int | None = None,
     drop_path: float = 0.0,
+    class_tokens: int | None = None,
     num_classes: int = 0,
     pool: str = "cls",
 ) -> VisionTransformer:
@@ -59,6 +60,7 @@ def create_encoder(
         depth: number of blocks.
         num_heads: attention heads per block.
         drop_path: stochastic depth of the last block, rising linearly from 0.
+        class_tokens: 0 | 1 | n, from the second on as register tokens; None: the name's own.
         num_classes: 0 for none: the head is an identity.
         pool: "cls": final norm on every token; "mean": norm on the mean of patch tokens (``fc_norm``), which takes
             the place of the final norm. Without class token and head the output is not pooled.
@@ -73,6 +75,10 @@ def create_encoder(
     )
     _check_sizes(img_size, patch, in_chans, drop_path)
     check_block("encoder", width, 1 if depth is None else depth, heads)
+    has_class_token = known.has_class_token if class_tokens is None else class_tokens > 0
+    tokens: dict[str, Any] = {}
+    if class_tokens is not None:
+        tokens = {"class_token": has_class_token, "reg_tokens": max(0, class_tokens - 1), "no_embed_class": False}
     encoder = timm.create_model(
         name,
         pretrained=False,
@@ -84,8 +90,9 @@ def create_encoder(
         num_heads=num_heads,
         drop_path_rate=drop_path,
         num_classes=num_classes,
-        global_pool="avg" if pool == "mean" else "token" if known.has_class_token else "",
+        global_pool="avg" if pool == "mean" else "token" if has_class_token else "",
         fc_norm=pool == "mean",
+        **tokens,
         weight_init="skip",  # every weight is set below
     )
     assert isinstance(encoder, VisionTransformer)
@@ -114,7 +121,7 @@ def geometry(name: str) -> Geometry:
     return Geometry(model.patch_embed.patch_size[0], model.embed_dim, heads, model.has_class_token)
 
 
-def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
+def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor, mask_token: Tensor | None = None) -> Tensor:
     """Run the encoder on some patches of each image; what is not handed in is never seen.
 
     Order of the official forward_encoder: embed, add positions, prepend the class token (with its own position, zero
@@ -124,14 +131,20 @@ def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor) -> Tensor:
         encoder: from `create_encoder`.
         patches: (B, K, P*P*C), channel fastest.
         ids: (B, K) place of each in the image.
+        mask_token: (1, 1, D) to stand at all other places (paper table 1c, as in BEiT); then all of them are run.
 
     Returns:
-        latent (B, T, D), T = prefix tokens + K.
+        latent (B, T, D), T = prefix tokens + K; with a mask token prefix tokens + N, in image order.
     """
     assert encoder.pos_embed is not None
     num_rows = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     positions = encoder.pos_embed[0]
-    tokens = embed_patches(encoder, patches) + F.embedding(ids, positions[num_rows:])
+    tokens = embed_patches(encoder, patches)
+    if mask_token is None:
+        tokens = tokens + F.embedding(ids, positions[num_rows:])
+    else:
+        places = positions[num_rows:]
+        tokens = place(tokens.to(mask_token.dtype), ids, mask_token, len(places)) + places
     prefix: list[Tensor] = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     if prefix:
         first = torch.cat(prefix, dim=1)

@@ -93,7 +93,9 @@ def check_blocks(depth: int, blocks: float) -> None:
 def encoder_spec(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a model's ``spec`` that `create_encoder` takes."""
     names = ("name", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "drop_path")
-    return {"img_size": tuple(spec["img_size"]), **{name: spec[name] for name in names}}
+    own = {"img_size": tuple(spec["img_size"]), **{name: spec[name] for name in names}}
+    tokens = (spec.get("variant") or {}).get("class_tokens")
+    return own if tokens is None else own | {"class_tokens": tokens}
 
 
 def _take_over(classifier: VisionTransformer, weights: dict[str, Tensor]) -> None:

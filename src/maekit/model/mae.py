@@ -8,7 +8,7 @@ B batch, C channels, H W pixels, P patch side, N patches, K kept patches, M mask
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from maekit.errors import MaekitError
 from maekit.model.decoder import Decoder
 from maekit.model.encoder import create_encoder, encode, geometry
-from maekit.model.masking import Masking, given_masking, len_keep, random_masking
-from maekit.model.patches import patchify, resample_positions
-from maekit.model.targets import TARGETS, reconstruction_loss, target_of
+from maekit.model.masking import Masking, draw_masking, given_masking, len_keep
+from maekit.model.patches import patchify, resample_positions, select
+from maekit.model.targets import TARGETS, Objective, objective
+from maekit.model.variant import PAPER, Variant
 
 Statistics = Sequence[float]
 
@@ -30,11 +31,13 @@ class Output(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
-        loss: scalar, mean squared error on masked patches.
-        pred: (B, N, P*P*C) in image order, channel fastest; for "norm_pixel" in each patch's own units.
+        loss: scalar, mean over the patches that count (by default those removed) of each one's loss.
+        pred: (B, N, P*P*C) in image order, channel fastest; for "norm_pixel" in each patch's own units, for other
+            targets their values.
         mask: (B, N) bool, True = removed.
         ids_restore: (B, N) place of each patch in the shuffled order.
-        latent: (B, prefix + K, D), kept patches in shuffled order.
+        latent: (B, prefix + K, D), kept patches in shuffled order; of an encoder that runs on all places
+            (B, prefix + N, D) in image order.
     """
 
     loss: Tensor
@@ -52,7 +55,10 @@ class MaskedAutoencoder(nn.Module):
     Attributes:
         encoder: a plain timm VisionTransformer without head.
         decoder: names embed, mask_token, pos_embed, blocks, norm, pred.
-        target: "norm_pixel" | "pixel".
+        mask_token: (1, 1, D) of an encoder that runs on all places, else None.
+        target: name of what is predicted.
+        objective: makes that of images, and the loss of each patch.
+        variant: departures from the paper's default row.
         spec: JSON-able arguments: ``create_model(**model.spec)`` builds the same architecture.
         mean: of each channel, in units of 0..1.
         std: of each channel, in units of 0..1.
@@ -62,9 +68,18 @@ class MaskedAutoencoder(nn.Module):
         num_patches: N.
     """
 
-    def __init__(self, encoder: VisionTransformer, decoder: Decoder, target: str, spec: dict[str, Any]) -> None:
+    mask_token: nn.Parameter | None
+
+    def __init__(
+        self, encoder: VisionTransformer, decoder: Decoder, goal: Objective, variant: Variant, spec: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.target, self.spec = encoder, decoder, target, spec
+        self.encoder, self.decoder, self.variant, self.spec = encoder, decoder, variant, spec
+        self.objective = goal
+        self.target: str = spec["target"]
+        self.register_parameter("mask_token", None)
+        if variant.encoder_mask_token:
+            self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, encoder.embed_dim), std=0.02))
         self.mean, self.std = tuple(spec["mean"]), tuple(spec["std"])
         embed = encoder.patch_embed
         assert embed.img_size is not None and embed.grid_size is not None
@@ -86,45 +101,90 @@ class MaskedAutoencoder(nn.Module):
         noise: Tensor | None = None,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        seen: Tensor | None = None,
     ) -> Output:
         """Mask, encode what is left, predict every patch.
 
         Args:
             images: (B, C, H, W), normalised.
-            mask_ratio: share of patches removed; not looked at when `mask` is given.
-            noise: (B, N) decides the mask: in each row the lowest stay. Default: drawn here.
+            mask_ratio: share of patches removed; not looked at when `mask` is given or nothing is ever removed.
+            noise: (B, N) decides the mask: by default the lowest of each row stay. Default: drawn here.
             mask: (B, N) bool, True = removed, the same number in every row; in place of `noise`.
             generator: what the noise is drawn from; its device may differ from that of the images.
+            seen: (B, C, H, W) what the encoder sees of the images; default: `corrupt` of them.
 
         Raises:
             MaekitError: E-DATA-SHAPE for images of another size, E-CONFIG-MASK for a ratio, noise or mask that
                 cannot be used.
         """
         patches = self._patches(images)
-        masking = self._masking(images, mask_ratio, noise, mask, generator)
-        latent = encode(self.encoder, _select(patches, masking.ids_keep), masking.ids_keep)
+        masking, noise = self._masking(images, mask_ratio, noise, mask, generator)
+        latent = self._encode(self._patches(self.corrupt(images) if seen is None else seen), masking)
         pred = self.decoder.predict(self.decoder(latent, masking.ids_keep))
-        target = target_of(_select(patches, masking.ids_masked), self.target)
-        loss = reconstruction_loss(_select(pred, masking.ids_masked), target)
-        return Output(loss, pred, masking.mask, masking.ids_restore, latent)
+        ids = self._scored(masking, noise)
+        scored = self._predict(latent, masking, ids) if self.decoder.parts else select(pred, ids)
+        return Output(self._loss(images, patches, ids, scored), pred, masking.mask, masking.ids_restore, latent)
 
-    def loss(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Tensor:
+    def loss(
+        self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75, scores: Tensor | None = None
+    ) -> Tensor:
         """Return the loss that `forward` returns, without predicting what does not enter it.
 
         Args:
             images: (B, C, H, W), normalised.
             noise: (B, N), as in `forward`.
             mask_ratio: share of patches removed.
+            scores: (B, N) of masks that are given: the highest are removed.
 
         Raises:
             MaekitError: as `forward`.
         """
         patches = self._patches(images)
-        masking = self._masking(images, mask_ratio, noise, None, None)
-        latent = encode(self.encoder, _select(patches, masking.ids_keep), masking.ids_keep)
-        tokens = self.decoder(latent, masking.ids_keep)
-        pred = self.decoder.predict(_select(tokens, masking.ids_masked))
-        return reconstruction_loss(pred, target_of(_select(patches, masking.ids_masked), self.target))
+        masking, noise = self._masking(images, mask_ratio, noise, None, None, scores)
+        seen = self._patches(self.corrupt(images)) if self.variant.add_noise else patches
+        ids = self._scored(masking, noise)
+        pred = self._predict(self._encode(seen, masking), masking, ids)
+        return self._loss(images, patches, ids, pred)
+
+    def corrupt(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return images (B, C, H, W) as the encoder is to see them: with the variant's noise on them, if it has any."""
+        if not self.variant.add_noise:
+            return images
+        device = images.device if generator is None else generator.device
+        noise = torch.randn(images.shape, generator=generator, device=device, dtype=images.dtype)
+        return images + self.variant.add_noise * noise.to(images.device)
+
+    def _encode(self, patches: Tensor, masking: Masking) -> Tensor:
+        if self.variant.mask_kind == "none":  # all, in image order: nothing to select
+            return encode(self.encoder, patches, masking.ids_keep)
+        return encode(self.encoder, select(patches, masking.ids_keep), masking.ids_keep, self.mask_token)
+
+    def _predict(self, latent: Tensor, masking: Masking, ids: Tensor) -> Tensor:
+        return self.decoder.predict(self.decoder(latent, masking.ids_keep, ids))
+
+    def _loss(self, images: Tensor, patches: Tensor, ids: Tensor, pred: Tensor) -> Tensor:
+        """Return the mean over patches of each one's loss.
+
+        The official ``(loss * mask).sum() / mask.sum()`` over the batch, as every row has the same number of them.
+        """
+        with torch.no_grad():
+            target = self.objective(images, patches, ids)
+        return self.objective.loss(pred, target).mean()
+
+    def _scored(self, masking: Masking, noise: Tensor | None) -> Tensor:
+        """Return the patches (B, M) whose error counts."""
+        variant = self.variant
+        if variant.loss_on != "masked":
+            return masking.ids_shuffle if variant.loss_on == "all" else masking.ids_keep
+        if variant.decode_ratio is None:
+            return masking.ids_masked
+        removed = masking.ids_masked
+        count = self._decoded(removed.shape[1])
+        if noise is None:  # of a mask that was given there is no noise to choose by: the first ones
+            return removed[:, :count]
+        # other digits of the noise than those that made the mask, so that each removed patch is as likely
+        chance = (noise * 1024 % 1).gather(1, removed)
+        return removed.gather(1, chance.argsort(dim=1, stable=True)[:, :count])
 
     def features(self, images: Tensor, pool: str = "mean") -> Tensor:
         """Run the whole encoder on whole images; never masks.
@@ -195,6 +255,27 @@ class MaskedAutoencoder(nn.Module):
                 expected=f"(B, {', '.join(map(str, expected))})",
             )
 
+    def check_decode_ratio(self, mask_ratio: float) -> None:
+        """Refuse a `decode_ratio` of more patches than a mask ratio removes, or of none.
+
+        Raises:
+            MaekitError: E-CONFIG-DECODER.
+        """
+        if self.variant.decode_ratio is not None:
+            units = self.num_patches // self.variant.mask_unit**2
+            self._decoded((units - len_keep(units, mask_ratio)) * self.variant.mask_unit**2)
+
+    def _decoded(self, removed: int) -> int:
+        """Return how many patches of an image are decoded in training, of so many removed ones."""
+        count = int(self.num_patches * (self.variant.decode_ratio or 0) + 1e-6)
+        if not 1 <= count <= removed:
+            raise MaekitError(
+                "E-CONFIG-DECODER", "setting decode_ratio", found=f"{self.variant.decode_ratio}: {count} patches",
+                expected=f"1 to {removed}, the number removed",
+                hint=f"a share from {1 / self.num_patches:.2g} to {removed / self.num_patches:.2g}",
+            )  # fmt: skip
+        return count
+
     def _masking(
         self,
         images: Tensor,
@@ -202,15 +283,14 @@ class MaskedAutoencoder(nn.Module):
         noise: Tensor | None,
         mask: Tensor | None,
         generator: torch.Generator | None,
-    ) -> Masking:
+        scores: Tensor | None = None,
+    ) -> tuple[Masking, Tensor | None]:
+        """Return the masks, and the noise where it decided on them."""
         shape = (images.shape[0], self.num_patches)
-        for name, given in (("noise", noise), ("mask", mask)):
+        for name, given in (("noise", noise), ("mask", mask), ("scores", scores)):
             if given is not None and tuple(given.shape) != shape:
                 raise MaekitError(
-                    "E-CONFIG-MASK",
-                    f"argument {name}",
-                    found=f"shape {tuple(given.shape)}",
-                    expected=f"(B, N) = {shape}",
+                    "E-CONFIG-MASK", f"argument {name}", found=f"shape {tuple(given.shape)}", expected=f"{shape}"
                 )
         if mask is not None and (mask.dtype != torch.bool or noise is not None):
             found = "together with noise" if noise is not None else f"dtype {mask.dtype}"
@@ -220,13 +300,21 @@ class MaskedAutoencoder(nn.Module):
         if generator is not None and (mask is not None or noise is not None):
             given = "mask" if mask is not None else "noise"
             raise MaekitError("E-CONFIG-MASK", "argument generator", found=f"{given} as well", expected="one of them")
+        kind, unit = self.variant.mask_kind, self.variant.mask_unit
         if mask is not None:
-            return given_masking(mask.to(images.device))
-        keep = len_keep(self.num_patches, mask_ratio)
+            if kind == "none":
+                raise MaekitError("E-CONFIG-MASK", "argument mask", found="a mask", expected="none: mask_kind is none")
+            return given_masking(mask.to(images.device)), None
+        if kind == "none":
+            everywhere = torch.arange(self.num_patches, device=images.device).expand(shape)
+            return Masking(everywhere, self.num_patches), None
         if noise is None:
             device = images.device if generator is None else generator.device
             noise = torch.rand(shape, generator=generator, device=device)
-        return random_masking(noise.to(images.device), keep)
+        noise = noise.to(images.device)
+        if kind == "given" and scores is None:  # a look at the model without the user's masks
+            kind = "random"
+        return draw_masking(kind, noise, self.grid, mask_ratio, unit, scores), noise
 
 
 def create_model(
@@ -243,6 +331,7 @@ def create_model(
     decoder_depth: int = 8,
     decoder_heads: int = 16,
     target: str = "norm_pixel",
+    variant: Variant | Mapping[str, Any] | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
 ) -> MaskedAutoencoder:
@@ -258,16 +347,17 @@ def create_model(
         num_heads: encoder heads; must divide the width.
         drop_path: stochastic depth of the encoder (the paper uses none).
         decoder_dim: decoder width, a multiple of 4.
-        decoder_depth: decoder blocks.
+        decoder_depth: decoder blocks; 0: a linear head, for an encoder that runs on all places.
         decoder_heads: decoder heads; must divide the width.
-        target: "norm_pixel" | "pixel".
+        target: "norm_pixel" | "pixel" | "low_pass" | "hog".
+        variant: departures from the paper's default row, as a `Variant` or by name.
         mean: what images are normalised with, per channel in units of 0..1; None: ImageNet's for 3 channels, else .5.
         std: as `mean`.
 
     Raises:
         MaekitError: E-CONFIG-*, naming the argument.
     """
-    size = _image_size(img_size)
+    size, variant = _image_size(img_size), Variant.of(variant)
     defaults = (
         (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.5,) * in_chans)
     )
@@ -280,12 +370,19 @@ def create_model(
         depth=depth,
         num_heads=num_heads,
         drop_path=drop_path,
+        class_tokens=variant.class_tokens,
     )
     channel_mean, channel_std = _statistics(mean or defaults[0], std or defaults[1], in_chans)
     grid, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
     assert grid is not None
-    num_values = patch * patch * in_chans
-    _check_target(target, num_values)
+    if variant.positions == "learned":
+        assert encoder.pos_embed is not None
+        nn.init.normal_(encoder.pos_embed, std=0.02).requires_grad_(True)
+    if target not in TARGETS:
+        raise MaekitError(
+            "E-CONFIG-TARGET", "setting target", found=target, expected=" | ".join(TARGETS), hint=_near(target, TARGETS)
+        )
+    goal = objective(target, channels=in_chans, patch=patch)
     decoder = Decoder(
         encoder.embed_dim,
         decoder_dim,
@@ -293,7 +390,8 @@ def create_model(
         decoder_heads,
         grid=(grid[0], grid[1]),
         num_prefix=encoder.num_prefix_tokens,
-        num_values=num_values,
+        num_values=goal.num_values,
+        variant=variant,
     )
     spec: dict[str, Any] = {
         "name": name,
@@ -311,7 +409,9 @@ def create_model(
         "mean": list(channel_mean),
         "std": list(channel_std),
     }
-    return MaskedAutoencoder(encoder, decoder, target, spec)
+    if variant != PAPER:
+        spec["variant"] = variant.departures()
+    return MaskedAutoencoder(encoder, decoder, goal, variant, spec)
 
 
 def at_size(model: MaskedAutoencoder, img_size: int | Sequence[int]) -> MaskedAutoencoder:
@@ -328,7 +428,10 @@ def at_size(model: MaskedAutoencoder, img_size: int | Sequence[int]) -> MaskedAu
     other = create_model(**spec)
     weights = model.state_dict()
     weights["encoder.pos_embed"] = resample_positions(weights["encoder.pos_embed"], model.grid, other.grid)
-    weights["decoder.pos_embed"] = other.state_dict()["decoder.pos_embed"]
+    if model.variant.positions == "learned" and "decoder.pos_embed" in weights:
+        weights["decoder.pos_embed"] = resample_positions(weights["decoder.pos_embed"], model.grid, other.grid)
+    elif "decoder.pos_embed" in weights:
+        weights["decoder.pos_embed"] = other.state_dict()["decoder.pos_embed"]
     other.load_state_dict(weights)
     return other.train(model.training)
 
@@ -371,11 +474,6 @@ def _pool_parts(parts: Tensor | tuple[Tensor, Tensor], pool: str) -> Tensor:
     return prefix[:, 0]
 
 
-def _select(rows: Tensor, ids: Tensor) -> Tensor:
-    """Take rows (B, N, X) by index (B, M) within each image: (B, M, X)."""
-    return rows.gather(1, ids[:, :, None].expand(-1, -1, rows.shape[2]))
-
-
 def _image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2:
@@ -394,21 +492,6 @@ def _statistics(mean: Statistics, std: Statistics, channels: int) -> tuple[tuple
             expected=f"{channels} finite means and {channels} positive deviations, one per channel",
         )
     return mean, std
-
-
-def _check_target(target: str, num_values: int) -> None:
-    if target not in TARGETS:
-        raise MaekitError(
-            "E-CONFIG-TARGET", "setting target", found=target, expected=" | ".join(TARGETS), hint=_near(target, TARGETS)
-        )
-    if target == "norm_pixel" and num_values < 2:
-        raise MaekitError(
-            "E-CONFIG-TARGET",
-            "setting target",
-            found="norm_pixel with one value in a patch",
-            expected="at least two values, to have a variance",
-            hint="target pixel",
-        )
 
 
 def _near(word: str, known: Sequence[str]) -> str | None:

@@ -42,6 +42,20 @@ def unpatchify(patches: Tensor, patch: int | Pair, grid: Pair) -> Tensor:
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * height, columns * width)
 
 
+def select(rows: Tensor, ids: Tensor) -> Tensor:
+    """Take rows (B, N, X) by index (B, M) within each image: (B, M, X)."""
+    return rows.gather(1, ids[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def place(kept: Tensor, ids_keep: Tensor, mask_token: Tensor, num_patches: int) -> Tensor:
+    """Put kept tokens (B, K, D) where they belong among mask tokens (1, 1, D): (B, N, D).
+
+    One scatter in place of the paper's append and unshuffle; the same values and gradients.
+    """
+    everywhere = mask_token.expand(kept.shape[0], num_patches, -1)
+    return everywhere.scatter(1, ids_keep[:, :, None].expand_as(kept), kept)
+
+
 def sincos_2d(dim: int, grid: Pair, prefix: int = 0) -> Tensor:
     """Return fixed 2-D sine-cosine positions (prefix + N, dim), float32.
 

@@ -32,6 +32,12 @@ from maekit.train.log import clock, read_metrics
 
 PAPER_RATIOS = (75, 85, 95)
 """Per cents of the paper's own figure (arXiv 2111.06377 figure 4)."""
+TARGET_WORDS = {
+    "norm_pixel": "pixels normalised per patch",
+    "pixel": "plain pixels",
+    "low_pass": "pixels without fine texture",
+    "hog": "histograms of oriented gradients",
+}
 PAGE_SIDE = 160
 """Longest side of a picture in the page: a report of photographs stays at a few MB."""
 
@@ -86,7 +92,8 @@ def what_was_run(config: Mapping[str, Any], model: MaskedAutoencoder, metrics: S
         "Images": " · ".join(filter(None, [config.get("data"), images])),
         **_shape(model, str(config.get("model"))),
         "Masked": f"{100 * float(config.get('mask_ratio', 'nan')):.4g} % of patches",
-        "Target": {"norm_pixel": "pixels normalised per patch", "pixel": "plain pixels"}[model.target],
+        "Target": TARGET_WORDS[model.target],
+        **_departures(config, model),
         "Length": f"{last.get('step', 0):,} steps, {_epochs(metrics):.4g} epochs, batch {config.get('batch_size')}",
         "Peak learning rate": max((record["lr"] for record in metrics if "lr" in record), default=None),
         "Loss": f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else None,
@@ -108,9 +115,17 @@ def _shape(model: MaskedAutoencoder, name: str) -> dict[str, Cell]:
     channels = _count(len(model.mean), "channel")
     return {
         "Encoder": f"{name}, {blocks} {model.encoder.embed_dim} wide, {encoder:.2f} M parameters",
-        "Decoder": f"{_count(len(model.decoder.blocks), 'block')}, {decoder:.2f} M parameters",
+        "Decoder": f"{_count(model.decoder.depth, 'block')}, {decoder:.2f} M parameters",
         "Image and patch": f"{height} x {width} px, {channels}; {model.num_patches} patches of {model.patch} px",
     }
+
+
+def _departures(config: Mapping[str, Any], model: MaskedAutoencoder) -> dict[str, Cell]:
+    """Return what is not as in the paper's default row, where anything is."""
+    told = [f"{name} {value}" for name, value in model.variant.departures().items()]
+    told += [f"{name} {config[name]}" for name in ("mask_ratio_max", "color_jitter") if config.get(name)]
+    told += [f"crop {config['crop']}"] if config.get("crop", "random") != "random" else []
+    return {"Other than the paper": ", ".join(told)} if told else {}
 
 
 def software() -> str:

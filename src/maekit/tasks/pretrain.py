@@ -1,6 +1,7 @@
 """Pre-train a masked autoencoder: images -> run folder with weights, curves and pictures (arXiv 2111.06377)."""
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -12,7 +13,8 @@ from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import as_model, metadata, read_weights, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
-from maekit.model.masking import len_keep
+from maekit.model.masking import check_masking
+from maekit.model.variant import Variant
 from maekit.report.pretraining import pretrain_report
 from maekit.seeds import seed_all
 from maekit.settings import Pretrain
@@ -62,14 +64,17 @@ def _source(settings: Pretrain, dataset: Any) -> Source:
 def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     channels = channels_of(source, settings.channels)
     model = new_model(settings, channels)
-    len_keep(model.num_patches, settings.mask_ratio)  # refused before anything is read or written
+    _check(settings, model)  # refused before anything is read or written
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
     resolved = prepare(run, settings, settings, source, here, model, statistics=_statistics(settings, channels))
     model.to(here.device).train()
+    if settings.checkpointing:
+        model.encoder.set_grad_checkpointing()
+        model.decoder.checkpointing = True
 
-    view = PretrainView(settings.img_size, settings.crop_scale, settings.flip)
+    view = PretrainView(settings.img_size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter)
     loader = train_loader(
         source, view, settings, resolved, here, run,
         size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches,
@@ -134,6 +139,7 @@ def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
         decoder_depth=settings.decoder_depth,
         decoder_heads=settings.decoder_heads,
         target=settings.target,
+        variant=Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)}),
     )
 
 
@@ -156,7 +162,10 @@ def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder
                 hint=f"--{name.replace('_', '-')} {before}",
             )  # fmt: skip
     mine, theirs = model.state_dict(), old.state_dict()
-    learned = [name for name in mine if not name.endswith("pos_embed")]
+    # fixed tables stay; of learned ones those of the same grid are taken over
+    fixed = model.variant.positions == "sincos"
+    learned = [name for name in mine if not (fixed and name.endswith("pos_embed"))]
+    learned = [name for name in learned if name.startswith(("encoder.", "decoder.", "mask_token"))]
     learned = [name for name in learned if with_decoder or name.startswith("encoder.")]
     wrong = [name for name in learned if name not in theirs or theirs[name].shape != mine[name].shape]
     if wrong:
@@ -179,6 +188,47 @@ def some_images(source: Source, model: MaskedAutoencoder, count: int = 8) -> Ten
     ones = (1.0,) * len(model.mean)
     loader = Loader(chosen, view, batch_size=count, micro_batch=count, mean=(0.0,) * len(ones), std=ones)
     return next(loader.sweep())["images"]
+
+
+def _check(settings: Pretrain, model: MaskedAutoencoder) -> None:
+    """Refuse settings that do not fit together, before anything is read or written.
+
+    Raises:
+        MaekitError: E-CONFIG-MASK, E-CONFIG-DECODER, E-CONFIG-AUGMENT.
+    """
+    kind, low, high = settings.mask_kind, settings.mask_ratio, settings.mask_ratio_max
+    if kind != "none":
+        for ratio in (low,) if high is None else (low, high):
+            check_masking(kind, model.grid, ratio, settings.mask_unit)
+        model.check_decode_ratio(low)
+    wrong = [
+        (
+            (kind == "given") != (settings.mask_from is not None),
+            f"mask_kind {kind} {'without' if kind == 'given' else 'with'} mask_from",
+            "mask_from for mask_kind given, and for no other",
+            "--mask-from FILE.npy or FOLDER" if kind == "given" else "--mask-kind given",
+        ),
+        (
+            high is not None and (high < low or kind in ("none", "grid")),
+            f"mask_ratio_max {high} with mask_ratio {low}, mask_kind {kind}",
+            "a larger ratio than mask_ratio, and masks that any ratio can have",
+            "leave mask_ratio_max out",
+        ),
+        (
+            high is not None and settings.compile,
+            "mask_ratio_max with compile",
+            "one number of visible patches: every other one would be compiled anew",
+            "--no-compile",
+        ),
+    ]
+    for is_wrong, found, expected, hint in wrong:
+        if is_wrong:
+            raise MaekitError("E-CONFIG-MASK", "masks", found=found, expected=expected, hint=hint)
+    if settings.color_jitter and len(model.mean) not in (1, 3):
+        raise MaekitError(
+            "E-CONFIG-AUGMENT", "setting color_jitter", found=f"images of {len(model.mean)} channels",
+            expected="1 or 3 channels: it works on pictures", hint="--color-jitter 0",
+        )  # fmt: skip
 
 
 def _statistics(settings: Pretrain, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
