@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from maekit.interchange.weights import load_classifier, load_model, save_model
     from maekit.model.mae import MaskedAutoencoder, create_model
     from maekit.settings import (
+        Ablate,
         Compare,
         Convert,
         Data,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         Robustness,
     )
     from maekit.tasks import Result
+    from maekit.tasks.ablate import ablate
     from maekit.tasks.compare import compare
     from maekit.tasks.convert import convert
     from maekit.tasks.doctor import doctor
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablate",
     "Compare",
     "Convert",
     "Data",
@@ -75,6 +78,7 @@ __all__ = [
     "Retrieve",
     "Robustness",
     "__version__",
+    "ablate",
     "compare",
     "convert",
     "create_model",
@@ -103,6 +107,7 @@ _HOMES = {
     "maekit.interchange.weights": ("load_classifier", "load_model", "save_model"),
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
     "maekit.settings": (
+        "Ablate",
         "Compare",
         "Convert",
         "Data",
@@ -123,6 +128,7 @@ _HOMES = {
         "Robustness",
     ),
     "maekit.tasks": ("Result",),
+    "maekit.tasks.ablate": ("ablate",),
     "maekit.tasks.compare": ("compare",),
     "maekit.tasks.convert": ("convert",),
     "maekit.tasks.doctor": ("doctor",),

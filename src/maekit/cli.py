@@ -135,6 +135,15 @@ VERBS: dict[str, Verb] = {
             "maekit evaluate mae=runs/a0 mae=runs/a1 --data my_classes --suite full --labels 1%,10%",
         ),
     ),
+    "ablate": Verb(
+        settings.Ablate,
+        "maekit.tasks.ablate",
+        "ablate",
+        (
+            "maekit ablate fig5-mask-ratio --data my_classes --dry-run",
+            "maekit ablate table1d --data my_classes --seeds 3 --jobs 2 --out runs/targets",
+        ),
+    ),
     "compare": Verb(
         settings.Compare,
         "maekit.tasks.compare",

@@ -71,6 +71,7 @@ Paths = Annotated[list[Path], Commas]
 Pool = Literal["mean", "cls"]
 Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+AutoJobs = Annotated[int, Field(ge=1, le=64)] | Literal["slurm"]
 AllOrBlocks = Annotated[float, Field(ge=0)] | Literal["all"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
 
@@ -399,11 +400,14 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
         None,
         "at the final score, average over the image and its mirror, centre and corners, or both; default: one view",
     )
-    tune_blocks: AllOrBlocks = setting(
-        "all",
-        "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
-        "the last block too (paper section 4.4); all: embeddings too",
-    )
+    tune_blocks: AutoJobs = Annotated[int, Field(ge=1, le=64)] | Literal["slurm"]
+
+
+AllOrBlocks = setting(
+    "all",
+    "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
+    "the last block too (paper section 4.4); all: embeddings too",
+)
 
 
 class Partial(Finetune):
@@ -632,6 +636,40 @@ class Evaluate(Images, Labels, Kept, Machine):
     )
     out: Path | None = setting(
         None, "folder for table and report; scores that it holds already are not measured again", resume="free"
+    )
+
+
+class Ablate(Images, Labels, Machine):
+    """Run a table or figure of the paper on your images, beside its figures."""
+
+    positional: ClassVar[tuple[str, ...]] = ("table",)
+
+    table: str | None = setting(None, "name of the table, or its beginning: fig5, table1d; maekit recipes lists them")
+    scale: Literal["paper", "small", "tiny"] = setting(
+        "tiny", "paper: its recipes; small: tens of minutes of a CPU core a row; tiny: minutes (docs/ablations.md)"
+    )
+    seeds: int = setting(
+        3, "seeds of each row: of weights, masks and order, and of the labels drawn", ge=1, resume="free"
+    )
+    rows: Names | None = setting(None, "rows by name, as 50,75,90; default: all", resume="free")
+    labels: str | None = setting(
+        None, "part of the training labels: 10/class, 1%, 100% or a count; default: 10%, at scale paper all"
+    )
+    pretrain: list[str] = setting([], "settings of the pre-training of every row, as steps=500 batch_size=64")
+    finetune: list[str] = setting([], "settings of the fine-tuning of every row, as steps=100")
+    jobs: AutoJobs = setting(
+        1, "runs beside one another, each with a GPU of its own where there are several; slurm: as its jobs",
+        resume="free",
+    )  # fmt: skip
+    slurm: list[str] = setting(
+        [], "jobs slurm: submitit's parameters, as slurm_partition=gpu timeout_min=600 gpus_per_node=1", resume="free"
+    )
+    dry_run: bool = setting(False, "run nothing: rows, operations, time on this machine, disk", resume="free")
+    parts: Path | None = setting(
+        None, "folder of the runs themselves, shared by tables; default: ablate-parts beside OUT", resume="free"
+    )
+    out: Path | None = setting(
+        None, "folder for the table; default: runs/ablate-TABLE; one that was stopped is gone on with", resume="free"
     )
 
 

@@ -139,6 +139,19 @@ def plan(
     return Plan(label, None if row.pretrain is None else values, fine, {"pool": "mean"} if with_probe else None)
 
 
+def default_of(table: Table, scale: str) -> str:
+    """Return the row that is the base: at the smaller scales another than the paper's where their base is lighter."""
+    if scale == "paper":
+        return table.default
+    base = SCALES[scale].pretrain
+    equal = [
+        row.name for row in table.rows
+        if row.pretrain and row.pretrain.keys() <= base.keys() - RELATIVE
+        and all(base[name] == value for name, value in row.pretrain.items())
+    ]  # fmt: skip
+    return equal[0] if equal else table.default
+
+
 def decided_by_rows(table: Table) -> tuple[set[str], set[str]]:
     """Return the settings of pre-training and fine-tuning that rows of a table decide."""
     return {n for row in table.rows for n in row.pretrain or {}}, {n for row in table.rows for n in row.finetune}
@@ -238,4 +251,3 @@ def _label(table: Table, row: Row, values: Mapping[str, Any], base: Mapping[str,
     if row.size != "l" or row.label.startswith("ViT"):
         told.append(f"encoder {base['embed_dim']} wide, {base['depth']} blocks")
     return f"{row.label} (here {'; '.join(told)})" if told else row.label
-

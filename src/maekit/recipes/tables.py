@@ -112,7 +112,13 @@ def _table1() -> Iterator[Table]:
         "paper Table 1a",
         tuple(
             Row(str(n), f"{n} block{'s' * (n > 1)}", {"decoder_depth": n}, paper=_scores(*found), x=n)
-            for n, found in {1: (84.8, 65.5), 2: (84.9, 70.0), 4: (84.9, 71.9), 8: (84.9, 73.5), 12: (84.4, 73.3)}.items()
+            for n, found in {
+                1: (84.8, 65.5),
+                2: (84.9, 70.0),
+                4: (84.9, 71.9),
+                8: (84.9, 73.5),
+                12: (84.4, 73.3),
+            }.items()
         ),
         default="8",
         axis="decoder blocks",
@@ -425,9 +431,7 @@ def _elsewhere() -> Iterator[Table]:
     )  # fmt: skip
 
 
-TABLES: dict[str, Table] = {
-    table.name: table for part in (_table1, _figures, _main, _elsewhere) for table in part()
-}
+TABLES: dict[str, Table] = {table.name: table for part in (_table1, _figures, _main, _elsewhere) for table in part()}
 
 
 # -------------------------------------------------------------------------------------------- as recipes of the paper
