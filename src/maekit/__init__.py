@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Knn,
         Lowshot,
         Partial,
+        Pca,
         Predict,
         Pretrain,
         Probe,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
     from maekit.tasks.partial import partial
+    from maekit.tasks.pca import pca
     from maekit.tasks.predict import predict
     from maekit.tasks.pretrain import pretrain
     from maekit.tasks.probe import probe
@@ -69,6 +71,7 @@ __all__ = [
     "MaekitError",
     "MaskedAutoencoder",
     "Partial",
+    "Pca",
     "Predict",
     "Pretrain",
     "Probe",
@@ -92,6 +95,7 @@ __all__ = [
     "load_model",
     "lowshot",
     "partial",
+    "pca",
     "predict",
     "pretrain",
     "probe",
@@ -119,6 +123,7 @@ _HOMES = {
         "Knn",
         "Lowshot",
         "Partial",
+        "Pca",
         "Predict",
         "Pretrain",
         "Probe",
@@ -139,6 +144,7 @@ _HOMES = {
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
     "maekit.tasks.partial": ("partial",),
+    "maekit.tasks.pca": ("pca",),
     "maekit.tasks.predict": ("predict",),
     "maekit.tasks.pretrain": ("pretrain",),
     "maekit.tasks.probe": ("probe",),

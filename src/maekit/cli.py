@@ -60,6 +60,15 @@ VERBS: dict[str, Verb] = {
             "maekit pretrain --data my_photos --out runs/a --epochs 100 --batch-size 256",
         ),
     ),
+    "pca": Verb(
+        settings.Pca,
+        "maekit.tasks.pca",
+        "pca",
+        (
+            "maekit pca --data my_photos --out runs/pca",
+            "maekit pca --recipe small/pretrain-32 --data my_photos --components 24 --out runs/pca",
+        ),
+    ),
     "finetune": Verb(
         settings.Finetune,
         "maekit.tasks.finetune",

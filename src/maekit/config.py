@@ -127,7 +127,7 @@ def _layers(
     layers = [(f"config {file}", written), ("flag", said)]
     if isinstance(name, str):
         name, chosen = _recipe_for(cls, name)
-        layers.insert(0, (f"recipe {name}", {"recipe": name} | _decided(chosen)))
+        layers.insert(0, (f"recipe {name}", {"recipe": name} | _decided(cls, chosen)))
         for layer in (written, said):
             layer.pop("recipe", None)
     return layers
@@ -146,8 +146,13 @@ def _recipe_for(cls: type[Settings], word: str) -> tuple[str, Recipe[Any]]:
     return name, chosen
 
 
-def _decided(chosen: Recipe[Any]) -> dict[str, Any]:
-    return {name: getattr(chosen.settings, name) for name in chosen.cited}
+def _decided(cls: type[Settings], chosen: Recipe[Any]) -> dict[str, Any]:
+    return {name: getattr(chosen.settings, name) for name in _cited(cls, chosen)}
+
+
+def _cited(cls: type[Settings], chosen: Recipe[Any]) -> dict[str, Cited]:
+    """Return what a recipe decides for this verb: of another verb's only what both have in common."""
+    return {name: cited for name, cited in chosen.cited.items() if not cls.takes_only or name in cls.takes_only}
 
 
 def _from_file(cls: type[Settings], path: Path) -> tuple[dict[str, Any], bool]:
@@ -292,7 +297,7 @@ def deviations(recipe: str, settings: Settings) -> list[Deviation]:
     theirs, mine = chosen.settings.model_dump(mode="json"), settings.model_dump(mode="json")
     return [
         Deviation(name, cited.source, theirs[name], _in_place_of(name, type(settings), mine))
-        for name, cited in chosen.cited.items()
+        for name, cited in _cited(type(settings), chosen).items()
         if mine[name] != theirs[name]
     ]
 
@@ -336,9 +341,10 @@ def origins(settings: Settings, sources: Mapping[str, str]) -> dict[str, str]:
         return dict(sources)
     _, chosen = _recipe_for(type(settings), settings.recipe)
     theirs = chosen.settings.model_dump(mode="json")
-    lines = {name: _published(cited, theirs[name]) for name, cited in chosen.cited.items()}
+    decided = _cited(type(settings), chosen)
+    lines = {name: _published(cited, theirs[name]) for name, cited in decided.items()}
     for found in deviations(settings.recipe, settings):
-        if not chosen.cited[found.name].others:
+        if not decided[found.name].others:
             lines[found.name] += f": {spell(found.theirs)}"
         lines[found.name] += f"; yours: {spell(found.yours)} ({sources[found.name]})"
     return {name: lines.get(name, source) for name, source in sources.items()}

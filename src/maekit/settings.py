@@ -92,6 +92,9 @@ class Settings(BaseModel):
     takes_recipes_of: ClassVar[tuple[type["Settings"], ...]] = ()
     """Settings of other verbs whose recipes serve this one too."""
 
+    takes_only: ClassVar[tuple[str, ...]] = ()
+    """What such a recipe decides here; empty: all that it says."""
+
     takes_along: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Settings that a lower layer's lose with what they were meant for, when a higher layer gives the first."""
 
@@ -199,11 +202,12 @@ class Autoencoder(Architecture):
     encoder_mask_token: bool = setting(
         False, "run the encoder on all places, with mask tokens in it (paper Table 1c; BEiT)"
     )
-    target: Literal["norm_pixel", "pixel", "low_pass", "hog"] = setting(
+    target: Literal["norm_pixel", "pixel", "pca", "token", "low_pass", "hog"] = setting(
         "norm_pixel",
-        "norm_pixel: each patch by its own mean and variance; pixel; low_pass: without fine texture; "
-        "hog: histograms of gradients",
+        "norm_pixel: each patch by its own mean and variance; pixel; pca; token; low_pass: no fine texture; "
+        "hog: gradient histograms",
     )
+    target_from: Path | None = setting(None, "for target pca or token: folder of maekit pca or maekit tokenizer")
     loss_on: Literal["masked", "all", "visible"] = setting("masked", "patches whose error counts (paper section 3)")
 
 
@@ -787,3 +791,28 @@ class Quickstart(Images, Size, Machine):
     img_size: ImageSize | None = setting(None, "default: chosen from the images")  # pyright: ignore[reportIncompatibleVariableOverride]
     minutes: float = setting(5.0, "time to spend", gt=0)
     out: Path | None = setting(None, "folder for runs and report; default: runs/quickstart")
+
+
+class Seen(Size, Statistics):
+    """What pre-training sees"""
+
+    takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
+    takes_only: ClassVar[tuple[str, ...]] = (
+        "data", "image_column", "img_size", "channels", "stats", "model", "patch_size", "crop_scale", "flip",
+    )  # fmt: skip
+
+    model: str = setting("vit_base_patch16_224", "encoder to be pre-trained: its patch side where none is said")
+    patch_size: int | None = setting(None, "patch side in pixels; default: the model's own", ge=1)
+    crop_scale: Shares = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
+    flip: bool = setting(True, "mirror half of the images (T8)")
+
+
+class Pca(Images, Seen):
+    """Fit principal components of patches: the target pca of pretrain."""
+
+    components: int | None = setting(
+        None, "coefficients of a patch; default: 96 (paper section 4.1), at most half of its values", ge=1, le=65536
+    )
+    patches: int = setting(100_000, "patches to fit on, from images all over the set", ge=2)
+    seed: int = setting(0, "seed of images, crops, flips and patches", ge=0, lt=2**63)
+    out: Path | None = setting(None, "folder for target.safetensors, pictures and report", resume="free")

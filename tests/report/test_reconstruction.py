@@ -145,8 +145,8 @@ def test_one_call_draws_all_ratios_and_equal_seeds_give_equal_pictures() -> None
 @pytest.mark.parametrize("ratios", [[0.75], [100.0], [-5.0], [99.0], []])
 def test_ratios_that_keep_none_or_all_or_are_no_per_cents_are_refused(ratios: list[float]) -> None:
     with pytest.raises(MaekitError, match=r"E-CONFIG-MASK.*ratios"):
-        check_ratios(ratios, 24)
+        check_ratios(ratios, tiny())
 
 
 def test_ratios_are_taken_once_each_as_shares() -> None:
-    assert check_ratios([75, 62.5, 75], 24) == [0.75, 0.625]
+    assert check_ratios([75, 62.5, 75], tiny()) == [0.75, 0.625]

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -67,6 +67,7 @@ class Spec(BaseModel):
     decoder_depth: Annotated[int, Field(ge=0, le=1024)]
     decoder_heads: Count
     target: str
+    target_spec: dict[str, JsonValue] | None = None
     variant: dict[str, bool | int | float | str] | None = None
     mean: list[float]
     std: list[float]
@@ -74,7 +75,7 @@ class Spec(BaseModel):
     def arguments(self) -> dict[str, Any]:
         """Return them as `MaskedAutoencoder.spec` holds them."""
         spec = self.model_dump(mode="json")
-        return spec if self.variant is not None else {name: spec[name] for name in spec if name != "variant"}
+        return {name: spec[name] for name in spec if name not in ("variant", "target_spec") or spec[name] is not None}
 
 
 class Header(BaseModel):

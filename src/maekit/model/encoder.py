@@ -235,9 +235,12 @@ def check_block(part: str, width: int, depth: int, heads: int) -> None:
         )
 
 
-def _check_sizes(img_size: tuple[int, int], patch: int, channels: int, drop_path: float) -> None:
-    if patch < 1:
-        raise MaekitError("E-CONFIG-PATCH", "setting patch_size", found=patch, expected="at least 1 pixel")
+def check_patches(img_size: tuple[int, int], patch: int) -> None:
+    """Refuse images that patches do not fill.
+
+    Raises:
+        MaekitError: E-CONFIG-SIZE.
+    """
     if any(side < patch or side % patch for side in img_size):
         fits = [max(patch, round(side / patch) * patch) for side in img_size]
         raise MaekitError(
@@ -247,6 +250,12 @@ def _check_sizes(img_size: tuple[int, int], patch: int, channels: int, drop_path
             expected=f"multiples of the patch side {patch}",
             hint=f"img_size {fits[0]} {fits[1]}, or another patch_size",
         )
+
+
+def _check_sizes(img_size: tuple[int, int], patch: int, channels: int, drop_path: float) -> None:
+    if patch < 1:
+        raise MaekitError("E-CONFIG-PATCH", "setting patch_size", found=patch, expected="at least 1 pixel")
+    check_patches(img_size, patch)
     if channels < 1:
         raise MaekitError("E-CONFIG-CHANNELS", "setting channels", found=channels, expected="at least 1")
     if not 0 <= drop_path < 1:

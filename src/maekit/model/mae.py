@@ -21,7 +21,7 @@ from maekit.model.decoder import Decoder
 from maekit.model.encoder import create_encoder, encode, geometry
 from maekit.model.masking import Masking, draw_masking, given_masking, len_keep
 from maekit.model.patches import patchify, resample_positions, select
-from maekit.model.targets import TARGETS, Objective, objective
+from maekit.model.targets import TARGETS, Objective, Tokens, objective
 from maekit.model.variant import PAPER, Variant
 
 Statistics = Sequence[float]
@@ -81,6 +81,7 @@ class MaskedAutoencoder(nn.Module):
         if variant.encoder_mask_token:
             self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, encoder.embed_dim), std=0.02))
         self.mean, self.std = tuple(spec["mean"]), tuple(spec["std"])
+        self._tell_objective()
         embed = encoder.patch_embed
         assert embed.img_size is not None and embed.grid_size is not None
         self.img_size: tuple[int, int] = (embed.img_size[0], embed.img_size[1])
@@ -240,6 +241,11 @@ class MaskedAutoencoder(nn.Module):
         """
         self.mean, self.std = _statistics(mean, std, self.encoder.in_chans)
         self.spec |= {"mean": list(self.mean), "std": list(self.std)}
+        self._tell_objective()
+
+    def _tell_objective(self) -> None:
+        if isinstance(self.objective, Tokens):
+            self.objective.mean, self.objective.std = self.mean, self.std
 
     def _patches(self, images: Tensor) -> Tensor:
         self._check_images(images)
@@ -331,6 +337,7 @@ def create_model(
     decoder_depth: int = 8,
     decoder_heads: int = 16,
     target: str = "norm_pixel",
+    target_spec: dict[str, Any] | None = None,
     variant: Variant | Mapping[str, Any] | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
@@ -349,7 +356,9 @@ def create_model(
         decoder_dim: decoder width, a multiple of 4.
         decoder_depth: decoder blocks; 0: a linear head, for an encoder that runs on all places.
         decoder_heads: decoder heads; must divide the width.
-        target: "norm_pixel" | "pixel" | "low_pass" | "hog".
+        target: "norm_pixel" | "pixel" | "pca" | "token" | "low_pass" | "hog".
+        target_spec: of the `PatchPCA` or tokenizer that "pca" and "token" need; its tensors are then to be loaded into
+            ``model.objective``.
         variant: departures from the paper's default row, as a `Variant` or by name.
         mean: what images are normalised with, per channel in units of 0..1; None: ImageNet's for 3 channels, else .5.
         std: as `mean`.
@@ -382,7 +391,7 @@ def create_model(
         raise MaekitError(
             "E-CONFIG-TARGET", "setting target", found=target, expected=" | ".join(TARGETS), hint=_near(target, TARGETS)
         )
-    goal = objective(target, channels=in_chans, patch=patch)
+    goal = objective(target, channels=in_chans, patch=patch, grid=(grid[0], grid[1]), spec=target_spec)
     decoder = Decoder(
         encoder.embed_dim,
         decoder_dim,
@@ -409,6 +418,8 @@ def create_model(
         "mean": list(channel_mean),
         "std": list(channel_std),
     }
+    if target_spec is not None:
+        spec["target_spec"] = target_spec
     if variant != PAPER:
         spec["variant"] = variant.departures()
     return MaskedAutoencoder(encoder, decoder, goal, variant, spec)

@@ -17,8 +17,8 @@ ASPECTS = (0.3, 1 / 0.3)
 SMALLEST = 16 / 196
 """Share of the grid that a block covers at least, while so much is to be removed (BEiT: 16 of 14 x 14 patches)."""
 ROUNDS = 12
-"""Blocks of an image at most. Of 14 x 14 patches they leave nothing to fill in 99.9 % of images at ratios up to .75;
-at .9 they leave LEFT."""
+"""Blocks of an image at most. On 14 x 14 something is left to fill in 0.2 % of images at a ratio of .75, and in 10 % at
+a ratio of .9, there 0.3 patches on average (28 x 28: 2 % and 36 %, 3.4 of 706). The noisiest free places fill it."""
 
 
 def fractions(noise: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ B batch, C channels, H W pixels, N patches, M patches chosen, P patch side, V va
 """
 
 import math
-from typing import Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,15 @@ from torch.nn import functional as F
 
 from maekit.errors import MaekitError
 from maekit.model.patches import patchify, select
+from maekit.model.pca import PatchPCA
+from maekit.model.tokenizer import DalleEncoder, VQTokenizer, create_tokenizer
 
-Target = Literal["norm_pixel", "pixel", "low_pass", "hog"]
+Target = Literal["norm_pixel", "pixel", "pca", "token", "low_pass", "hog"]
 TARGETS: tuple[str, ...] = get_args(Target)
 PIXELS = ("norm_pixel", "pixel")
 """The paper's own, which other implementations have too."""
+MADE = ("pca", "token")
+"""Those that are fitted or trained beforehand, and say how many values they have in a ``target_spec``."""
 EPS = 1e-6
 """Added to a patch's variance inside the root (official models_mae.py, forward_loss)."""
 LOW_PASS = 40 / 224
@@ -125,12 +129,90 @@ class Gradients(Squared):
         """Return nothing: orientations are no pixels."""
 
 
-def objective(target: str, *, channels: int, patch: int) -> Squared:
+class Components(Squared):
+    """The first coefficients of a patch in principal components of patches (paper section 4.1, "PCA")."""
+
+    def __init__(self, pca: PatchPCA) -> None:
+        super().__init__()
+        self.made, self.num_values = pca, pca.spec["components"]
+
+    def forward(self, images: Tensor, patches: Tensor, ids: Tensor) -> Tensor:
+        """Return (B, M, num_values)."""
+        return self.made.encode(select(patches, ids))
+
+    def to_patches(self, pred: Tensor) -> Tensor:
+        """Return the pixels that coefficients stand for."""
+        return self.made.decode(pred)
+
+
+class Tokens(Frozen):
+    """The code that a discrete tokenizer gives a patch's place (paper section 4.1, "dVAE token"; BEiT).
+
+    Attributes:
+        mean: what images are normalised with, per channel; the tokenizer looks at values in 0..1.
+        std: as `mean`.
+    """
+
+    def __init__(self, tokenizer: VQTokenizer | DalleEncoder, patch: int) -> None:
+        super().__init__()
+        self.made, self.patch = tokenizer.requires_grad_(False), patch
+        self.num_values = tokenizer.vocabulary
+        self.mean = self.std = (0.5,) * tokenizer.channels
+
+    def forward(self, images: Tensor, patches: Tensor, ids: Tensor) -> Tensor:
+        """Return codes (B, M), int64."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return self.made.codes((images * std + mean).clamp(0, 1)).gather(1, ids)
+
+    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy of each patch (B, M) from logits (B, M, vocabulary), in float32 or wider."""
+        return F.cross_entropy(widen(pred).transpose(1, 2), target, reduction="none")
+
+    def to_patches(self, pred: Tensor) -> Tensor | None:
+        """Return what the tokenizer's decoder makes of the likeliest codes; None where it has no decoder."""
+        if not isinstance(self.made, VQTokenizer):
+            return None
+        if pred.shape[1] != self.made.num_patches:
+            return pred.new_zeros(*pred.shape[:2], self.patch**2 * self.made.channels)
+        images = self.made.decode(pred.argmax(-1))
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return patchify((images - mean) / std, self.patch)
+
+
+def objective(
+    target: str, *, channels: int, patch: int, grid: tuple[int, int], spec: dict[str, Any] | None = None
+) -> Objective:
     """Build the target of this name for patches of `patch` pixels.
 
+    Args:
+        target: its name.
+        channels: per image.
+        patch: side in pixels.
+        grid: rows and columns of patches.
+        spec: of a `PatchPCA` or tokenizer, whose tensors are loaded afterwards.
+
     Raises:
-        MaekitError: E-CONFIG-TARGET for patches too small for it.
+        MaekitError: E-CONFIG-TARGET for patches too small for it, a spec missing or of other patches;
+            E-CONFIG-TOKENIZER for a tokenizer of another grid or other channels.
     """
+    if (target in MADE) != (spec is not None):
+        raise MaekitError(
+            "E-CONFIG-TARGET", f"target {target}", found="no target_spec" if spec is None else "a target_spec",
+            expected="one for pca and token, and for no other target",
+            hint="--target-from FOLDER of maekit pca or maekit tokenizer" if spec is None else f"target {MADE[0]}",
+        )  # fmt: skip
+    if target == "token":
+        tokenizer = create_tokenizer(spec or {})
+        return Tokens(tokenizer.at_grid(grid, channels), patch)
+    if target == "pca":
+        pca = PatchPCA(**(spec or {}))
+        if (pca.spec["patch"], pca.spec["channels"]) != (patch, channels):
+            raise MaekitError(
+                "E-CONFIG-TARGET", "target pca",
+                found=f"components of patches of {pca.spec['patch']} px, {pca.spec['channels']} channels",
+                expected=f"of {patch} px, {channels} channels", hint="maekit pca with the settings of this run",
+            )  # fmt: skip
+        return Components(pca)
     num_values = patch * patch * channels
     too_small = {"norm_pixel": num_values < 2, "hog": patch < 2}
     if too_small.get(target):

@@ -27,6 +27,7 @@ from maekit.report.reconstruction import (
     possible_ratios,
     ratio_figure,
     reconstruct_images,
+    shows_pixels,
 )
 from maekit.train.log import clock, read_metrics
 
@@ -35,6 +36,8 @@ PAPER_RATIOS = (75, 85, 95)
 TARGET_WORDS = {
     "norm_pixel": "pixels normalised per patch",
     "pixel": "plain pixels",
+    "pca": "principal components of patches",
+    "token": "codes of a tokenizer",
     "low_pass": "pixels without fine texture",
     "hog": "histograms of oriented gradients",
 }
@@ -62,10 +65,12 @@ def pretrain_report(
     """
     config = load_yaml(run / "config.yaml")
     metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    shown = [reconstruct_images(model, images, ratio, seed) for ratio in _ratios(config, model.num_patches)]
+    ratios = _ratios(config, model) if shows_pixels(model) else []
+    shown = [reconstruct_images(model, images, ratio, seed) for ratio in ratios]
     for one in shown:
         write_png(run / "reconstructions" / picture_name(one.ratio), ratio_figure(one))
-    write_png(run / "reconstructions" / "reconstructions.png", combined_figure(shown))
+    if shown:
+        write_png(run / "reconstructions" / "reconstructions.png", combined_figure(shown))
     write_report(
         run / "report.html",
         title=f"Pre-training: {run.name}",
@@ -145,6 +150,8 @@ def machine(model: nn.Module) -> str:
 
 def reconstructions(shown: Sequence[Reconstruction]) -> Section:
     """Return the pictures and, per ratio, how far off they are."""
+    if not shown:
+        return Section("Reconstructions", text=["This target has no pixels, so there is nothing to show."])
     rows = [
         [percent(one.ratio), f"{one.psnr:.2f} dB", f"{one.psnr_fill:.2f} dB", f"{one.mse:.5f}", f"{one.loss:.4f}"]
         for one in shown
@@ -168,9 +175,9 @@ def picture_name(ratio: float) -> str:
     return f"reconstruction-{100 * ratio:.6g}.png"
 
 
-def _ratios(config: Mapping[str, Any], num_patches: int) -> list[float]:
+def _ratios(config: Mapping[str, Any], model: MaskedAutoencoder) -> list[float]:
     """Return the run's own ratio first, then those of the paper that keep at least one patch."""
-    return possible_ratios([100 * float(config.get("mask_ratio", 0.75)), *PAPER_RATIOS], num_patches)
+    return possible_ratios([100 * float(config.get("mask_ratio", 0.75)), *PAPER_RATIOS], model)
 
 
 def _count(number: int, word: str) -> str:

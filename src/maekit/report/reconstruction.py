@@ -16,8 +16,9 @@ from torch import Tensor
 
 from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
-from maekit.model.masking import len_keep
+from maekit.model.masking import check_masking, len_keep
 from maekit.model.patches import patchify, unpatchify
+from maekit.model.variant import PAPER, Variant
 from maekit.report import views
 from maekit.report.grids import MAX_SIDE, reconstruction_grid, shown_channels
 from maekit.seeds import mix
@@ -27,6 +28,11 @@ CHUNK_PIXELS = 16 * 224 * 224
 LEAK = "uses the true patch mean/variance: leaks"
 
 UNTRAINED = "Removed patches are grey. Where a patch was visible, the prediction carries no loss and is untrained."
+TRAINED = {
+    "all": "Removed patches are grey. The prediction was trained on visible patches, too.",
+    "visible": "Removed patches are grey. The prediction was trained on visible patches only.",
+}
+NOISY = "Nothing is removed: the model sees the image under noise, and predicts it without. Scores are over all pixels."
 HONEST = (
     "Prediction: this model predicts patches normalised by their own mean and deviation. Both are guessed here from "
     "the visible patches, each weighted by 1 / distance³; no removed pixel is read."
@@ -53,7 +59,9 @@ class Reconstruction:
         loss: mean of the training loss.
         mse: mean squared error of `pasted` over removed pixels.
         psnr: of that, in dB.
-        psnr_fill: psnr of a fill with the visible neighbours' mean colour: the baseline without a model.
+        psnr_fill: psnr of a fill with the visible neighbours' mean colour: the baseline without a model; where nothing
+            is removed, of the noisy image itself.
+        variant: of the model.
     """
 
     ratio: float
@@ -67,14 +75,19 @@ class Reconstruction:
     mse: float
     psnr: float
     psnr_fill: float
+    variant: Variant = PAPER
 
 
-def check_ratios(ratios: Sequence[float], num_patches: int) -> list[float]:
-    """Return mask ratios given in per cent as shares, each once.
+def check_ratios(ratios: Sequence[float], model: MaskedAutoencoder) -> list[float]:
+    """Return mask ratios given in per cent as shares, each once; 0 alone for a model that has nothing removed.
 
     Raises:
-        MaekitError: E-CONFIG-MASK for one that keeps none or all of the patches, or looks like a share.
+        MaekitError: E-CONFIG-MASK for one that keeps none or all of the patches, that the model's kind of mask cannot
+            have, or that looks like a share.
     """
+    num_patches = model.num_patches
+    if model.variant.mask_kind == "none":
+        return [0.0]
     if not ratios:
         raise MaekitError(
             "E-CONFIG-MASK", "setting ratios", found="none", expected="per cents", hint="--ratios 75 85 95"
@@ -90,7 +103,10 @@ def check_ratios(ratios: Sequence[float], num_patches: int) -> list[float]:
             )
         try:
             len_keep(num_patches, ratio / 100)
+            check_ratio(model, ratio / 100)
         except MaekitError as error:
+            if model.variant != PAPER:
+                raise
             raise MaekitError(
                 "E-CONFIG-MASK",
                 "setting ratios",
@@ -100,12 +116,23 @@ def check_ratios(ratios: Sequence[float], num_patches: int) -> list[float]:
     return [ratio / 100 for ratio in dict.fromkeys(ratios)]
 
 
-def possible_ratios(ratios: Sequence[float], num_patches: int) -> list[float]:
+def check_ratio(model: MaskedAutoencoder, ratio: float) -> None:
+    """Refuse a share that the model's kind of mask cannot remove, or not enough for what it decodes.
+
+    Raises:
+        MaekitError: E-CONFIG-MASK, E-CONFIG-DECODER.
+    """
+    if model.variant.mask_kind != "none":
+        check_masking(model.variant.mask_kind, model.grid, ratio, model.variant.mask_unit)
+        model.check_decode_ratio(ratio)
+
+
+def possible_ratios(ratios: Sequence[float], model: MaskedAutoencoder) -> list[float]:
     """Return those of some per cents that keep at least one patch and remove one, as shares."""
     possible = []
     for ratio in ratios:
         try:
-            possible += check_ratios([ratio], num_patches)
+            possible += check_ratios([ratio], model)
         except MaekitError:
             continue
     return list(dict.fromkeys(possible))
@@ -128,9 +155,14 @@ def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, s
         seed: chooses the masks.
 
     Raises:
-        MaekitError: E-CONFIG-MASK, E-CONFIG-SIZE.
+        MaekitError: E-CONFIG-MASK, E-CONFIG-SIZE; E-CONFIG-TARGET for a model whose predictions are no pixels.
     """
-    len_keep(model.num_patches, ratio)
+    if not shows_pixels(model):
+        raise MaekitError(
+            "E-CONFIG-TARGET", f"a model of target {model.target}", found="predictions that are no pixels",
+            expected="pixels to show", hint="maekit gallery RUN --only features,attention shows what it learned",
+        )  # fmt: skip
+    check_ratio(model, ratio)
     scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     noise = mask_noise(seed, len(scaled), model.num_patches)
     low, high = _window(scaled)
@@ -150,8 +182,14 @@ def reconstruct_images(model: MaskedAutoencoder, images: Tensor, ratio: float, s
     )
     return Reconstruction(
         ratio, pictures["original"], pictures["masked"], pictures["pasted"], pictures["prediction"],
-        pictures.get("raw"), pictures.get("leaking"), loss, mse, views.psnr(mse), views.psnr(fill),
+        pictures.get("raw"), pictures.get("leaking"), loss, mse, views.psnr(mse), views.psnr(fill), model.variant,
     )  # fmt: skip
+
+
+def shows_pixels(model: MaskedAutoencoder) -> bool:
+    """Return whether the model's predictions can be shown as pixels."""
+    device = next(model.parameters()).device
+    return model.objective.to_patches(torch.zeros(1, 1, model.objective.num_values, device=device)) is not None
 
 
 def _window(images: Tensor) -> tuple[float, float]:
@@ -172,14 +210,18 @@ def _views(
     device = next(model.parameters()).device
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (model.mean, model.std))
     inputs = (images.to(device) - mean) / std
-    out = model(inputs, ratio, noise=noise.to(device))
-    mask, pred = out.mask.cpu(), out.pred.float().cpu()
-    normalised = patchify(inputs.cpu(), model.patch)
+    seen = torch.cat([model.corrupt(x, _drawn_as(n)) for x, n in zip(inputs.split(1), noise, strict=True)])
+    out = model(inputs, ratio, noise=noise.to(device), seen=seen)
+    mask, pred = out.mask.cpu(), model.objective.to_patches(out.pred.float())
+    assert pred is not None, model.target
+    pred, whole = pred.cpu(), model.variant.mask_kind == "none"
+    normalised = patchify(seen.cpu() if whole else inputs.cpu(), model.patch)
 
     def pixels(patches: Tensor) -> Tensor:
         return (views.to_pixels(patches, model.mean, model.std) - low) / (high - low)
 
     truth = patchify((images - low) / (high - low), model.patch)
+    noisy = pixels(patchify(seen.cpu(), model.patch)) if model.variant.add_noise else truth
     more: dict[str, Tensor] = {}
     if model.target == "norm_pixel":
         honest = pixels(views.denormalise(pred, views.neighbour_statistics(normalised, mask, model.grid)))
@@ -187,10 +229,11 @@ def _views(
         more["leaking"] = views.paste(pixels(views.denormalise(pred, views.patch_statistics(normalised))), truth, mask)
     else:
         honest = pixels(pred)
-    fill = views.neighbour_fill(truth, mask, model.grid, len(model.mean))
+    fill = noisy if whole else views.neighbour_fill(truth, mask, model.grid, len(model.mean))
+    mask = torch.ones_like(mask) if whole else mask
     shown = {
         "original": truth,
-        "masked": views.hide(truth, mask),
+        "masked": noisy if whole else views.hide(noisy, mask),
         "pasted": views.paste(honest, truth, mask),
         "prediction": honest,
         **more,
@@ -198,6 +241,11 @@ def _views(
     pictures = {name: unpatchify(patches, model.patch, model.grid) for name, patches in shown.items()}
     mse = views.masked_mse(honest.clamp(0, 1), truth, mask)
     return pictures | {"_loss": out.loss.cpu(), "_mse": mse, "_fill": views.masked_mse(fill, truth, mask)}
+
+
+def _drawn_as(noise: Tensor) -> torch.Generator:
+    """Return a generator that depends on the noise (N,) of an image's mask alone, as that does on place and seed."""
+    return torch.Generator().manual_seed(int(noise.double().sum() * 2**32))
 
 
 def ratio_figure(
@@ -208,7 +256,7 @@ def ratio_figure(
     guess = " (neighbours' statistics)" if normalised else ""
     columns: list[tuple[str, Tensor]] = [
         ("original", shown.original),
-        ("masked", shown.masked),
+        (_seen(shown), shown.masked),
         ("prediction in place" + guess, shown.pasted),
         ("prediction" + guess, shown.prediction),
     ]
@@ -218,7 +266,7 @@ def ratio_figure(
         [[images[i] for _, images in columns] for i in range(len(shown.original))],
         [header for header, _ in columns],
         names,
-        groups=[("", 1), (f"{percent(shown.ratio)} removed", 3), *([("two other views", 2)] if normalised else [])],
+        groups=[("", 1), (_group(shown), 3), *([("two other views", 2)] if normalised else [])],
         warn=[5] if normalised else [],
         notes=ratio_notes(shown) if notes else (),
         max_side=max_side,
@@ -235,9 +283,9 @@ def combined_figure(
             [shown[0].original[i], *(images[i] for three in views_ for images in three)]
             for i in range(len(shown[0].original))
         ],
-        ["original", *["masked", "prediction in place", "prediction"] * len(shown)],
+        ["original", *[_seen(shown[0]), "prediction in place", "prediction"] * len(shown)],
         names,
-        groups=[("", 1), *((f"{percent(one.ratio)} removed", 3) for one in shown)],
+        groups=[("", 1), *((_group(one), 3) for one in shown)],
         notes=combined_notes(shown) if notes else (),
         max_side=max_side,
     )
@@ -270,4 +318,18 @@ def ratio_notes(shown: Reconstruction) -> list[str]:
 def combined_notes(shown: Sequence[Reconstruction]) -> list[str]:
     """Say what `combined_figure` shows."""
     channels = shown_channels(shown[0].original.shape[1])
-    return [*([channels] if channels else []), UNTRAINED, *([HONEST] if shown[0].raw is not None else [])]
+    variant = shown[0].variant
+    if variant.mask_kind == "none":
+        return [*([channels] if channels else []), NOISY]
+    trained = TRAINED.get(variant.loss_on, UNTRAINED)
+    return [*([channels] if channels else []), trained, *([HONEST] if shown[0].raw is not None else [])]
+
+
+def _seen(shown: Reconstruction) -> str:
+    return "with noise" if shown.variant.mask_kind == "none" else "masked"
+
+
+def _group(shown: Reconstruction) -> str:
+    if shown.variant.mask_kind == "none":
+        return f"noise of {shown.variant.add_noise:g} deviations"
+    return f"{percent(shown.ratio)} removed"

@@ -11,16 +11,18 @@ from maekit.data.augment import EvalView, PretrainView, default_crop_pct
 from maekit.data.loader import Batch, Loader
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
+from maekit.interchange.targets import Target, load_target
 from maekit.interchange.weights import as_model, metadata, read_weights, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
 from maekit.model.masking import check_masking
+from maekit.model.targets import MADE, Components, Tokens
 from maekit.model.variant import Variant
 from maekit.report.pretraining import pretrain_report
 from maekit.seeds import seed_all
 from maekit.settings import Pretrain
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
-from maekit.tasks.training import channels_of, default_out, prepare, say_what_runs, spread, train_loader
+from maekit.tasks.training import Statistics, channels_of, default_out, prepare, say_what_runs, spread, train_loader
 from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
@@ -63,12 +65,16 @@ def _source(settings: Pretrain, dataset: Any) -> Source:
 
 def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     channels = channels_of(source, settings.channels)
-    model = new_model(settings, channels)
+    goal = _goal(settings)
+    model = new_model(settings, channels, goal)
     _check(settings, model)  # refused before anything is read or written
+    statistics = _statistics(settings, channels)
+    if goal is not None and goal.kind == "pca":
+        statistics = _same_images(goal, source, statistics)
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
-    resolved = prepare(run, settings, settings, source, here, model, statistics=_statistics(settings, channels))
+    resolved = prepare(run, settings, settings, source, here, model, statistics=statistics)
     model.to(here.device).train()
     if settings.checkpointing:
         model.encoder.set_grad_checkpointing()
@@ -123,10 +129,15 @@ def _save_average(model: MaskedAutoencoder, run: Run) -> None:
     save_encoder(model, run.path / "encoder-ema.safetensors")
 
 
-def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
-    """Build the model of these settings; its initial weights are a function of the seed."""
+def new_model(settings: Pretrain, channels: int, goal: Target | None = None) -> MaskedAutoencoder:
+    """Build the model of these settings; its initial weights are a function of the seed.
+
+    Args:
+        channels: per image.
+        goal: what ``target_from`` holds.
+    """
     seed_all(settings.seed)
-    return create_model(
+    model = create_model(
         settings.model,
         img_size=settings.img_size,
         patch_size=settings.patch_size,
@@ -139,8 +150,57 @@ def new_model(settings: Pretrain, channels: int) -> MaskedAutoencoder:
         decoder_depth=settings.decoder_depth,
         decoder_heads=settings.decoder_heads,
         target=settings.target,
+        target_spec=None if goal is None else goal.spec,
         variant=Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)}),
     )
+    if goal is not None:
+        assert isinstance(model.objective, Components | Tokens)
+        model.objective.made.load_state_dict(goal.tensors)
+    return model
+
+
+def _goal(settings: Pretrain) -> Target | None:
+    """Read what is to be predicted, where it was made beforehand.
+
+    Raises:
+        MaekitError: E-CONFIG-TARGET for a target without ``target_from`` or another one; as `load_target`.
+    """
+    made = settings.target in MADE
+    if made != (settings.target_from is not None):
+        raise MaekitError(
+            "E-CONFIG-TARGET", f"target {settings.target} {'without' if made else 'with'} target_from",
+            expected="target_from for targets pca and token, and for no other",
+            hint=f"maekit {'pca' if settings.target == 'pca' else 'tokenizer'} makes one" if made else "--target pca",
+        )  # fmt: skip
+    if settings.target_from is None:
+        return None
+    goal = load_target(settings.target_from)
+    if goal.name != settings.target:
+        raise MaekitError(
+            "E-CONFIG-TARGET", f"{settings.target_from} for target {settings.target}", found=f"one for {goal.name}",
+            hint=f"--target {goal.name}",
+        )  # fmt: skip
+    return goal
+
+
+def _same_images(goal: Target, source: Source, wanted: Statistics | None) -> Statistics:
+    """Return mean and deviation that a PCA's pixels were normalised with; refuse one of other images.
+
+    A tokenizer is not asked: it looks at values in 0..1, and may have been trained on any images.
+
+    Raises:
+        MaekitError: E-CONFIG-TARGET.
+    """
+    if goal.fingerprint != source.fingerprint():
+        found, expected = "components of other images", f"those of {source.name}"
+    elif wanted not in (None, (goal.mean, goal.std)):
+        found, expected = "pixels normalised otherwise", "mean and deviation of this run"
+    else:
+        return goal.mean, goal.std
+    raise MaekitError(
+        "E-CONFIG-TARGET", f"{goal.path}", found=found, expected=expected,
+        hint="maekit pca with the images and settings of this run",
+    )  # fmt: skip
 
 
 def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder: bool) -> None:

@@ -55,7 +55,7 @@ def reconstruct(settings: Reconstruct | dict[str, Any]) -> Result:
     device = resolve_device(settings.device)
     seed_all(settings.seed)  # for a decoder that is not in the file
     model = load_model(settings.run).to(device).eval()
-    ratios = _ratios(settings, model.num_patches)
+    ratios = _ratios(settings, model)
     images, names = _images(settings, model)
     shown = [reconstruct_images(model, images, ratio, settings.seed) for ratio in ratios]
     files = _write(out, shown, names)
@@ -85,15 +85,15 @@ def _check_usage(settings: Reconstruct) -> None:
         raise MaekitError("E-USAGE-IMAGES", "images named twice", found="files and --data", expected="one of them")
 
 
-def _ratios(settings: Reconstruct, num_patches: int) -> list[float]:
+def _ratios(settings: Reconstruct, model: MaskedAutoencoder) -> list[float]:
     """Return the ratios as shares; of the default ones only those that so few patches allow."""
     if "ratios" in settings.model_fields_set:
-        return check_ratios(settings.ratios, num_patches)
-    ratios = possible_ratios(settings.ratios, num_patches)
-    if len(ratios) < len(settings.ratios):
+        return check_ratios(settings.ratios, model)
+    ratios = possible_ratios(settings.ratios, model)
+    if len(ratios) < len(settings.ratios) and model.variant.mask_kind != "none":
         left_out = ", ".join(f"{ratio:g}" for ratio in settings.ratios if ratio / 100 not in ratios)
-        log.warning("left out: %s per cent would keep none of %d patches", left_out, num_patches)
-    return ratios or check_ratios(settings.ratios, num_patches)
+        log.warning("left out: %s per cent cannot be removed of %d patches", left_out, model.num_patches)
+    return ratios or check_ratios(settings.ratios, model)
 
 
 def _default_out(run: Path) -> Path:

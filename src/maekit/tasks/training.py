@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from maekit.data.check import check
 from maekit.data.image import read_image, sniff
 from maekit.data.loader import Loader, View, auto_workers, steps_per_epoch
-from maekit.data.sources import Source
+from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
+from maekit.model.encoder import check_patches, geometry
 from maekit.model.mae import MaskedAutoencoder
-from maekit.settings import Loop, Settings
+from maekit.settings import Images, Loop, Seen, Settings
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, deviating, same_data
 from maekit.train.device import World, check_compiler, launch, resolve_precision
@@ -82,8 +84,8 @@ def prepare(
     in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
-    report = check(source, channels=len(model.mean))
-    mean, std = statistics or (report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std))
+    found = measured(source, len(model.mean))
+    mean, std = statistics or found
     model.set_statistics(mean, std)
     resolved = Resolved(
         images=len(source),
@@ -106,6 +108,62 @@ def prepare(
     if world.is_main:
         describe(run, settings, resolved)
     return resolved
+
+
+def measured(source: Source, channels: int) -> Statistics:
+    """Return mean and deviation of the images' channels, in units of 0..1; a channel that never changes has 1.
+
+    Raises:
+        MaekitError: E-DATA-BAD if too many images cannot be used.
+    """
+    report = check(source, channels=channels)
+    return report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std)
+
+
+def published(stats: str, channels: int) -> Statistics | None:
+    """Return the statistics of ImageNet where the setting asks for them, None where they are to be measured.
+
+    Raises:
+        MaekitError: E-CONFIG-STATS if the images have not three channels.
+    """
+    if stats == "dataset":
+        return None
+    if channels != 3:
+        raise MaekitError(
+            "E-CONFIG-STATS", "setting stats", found=f"imagenet for {channels} channels", hint="--stats dataset"
+        )
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def unlabelled(settings: Images, dataset: Any, channels: int | None) -> Source:
+    """Open the images that pre-training sees: all, or the part to train on where the data have one.
+
+    Args:
+        settings: where they are.
+        dataset: in place of them: a `Source` or any map-style dataset of images or (image, label).
+        channels: of that dataset's images, 3 if not said.
+
+    Raises:
+        MaekitError: E-USAGE-DATA if nothing is named; E-DATA-.
+    """
+    if dataset is not None:
+        return dataset if isinstance(dataset, Source) else DatasetSource(dataset, channels=channels or 3)
+    if settings.data is None:
+        raise MaekitError("E-USAGE-DATA", "no images named", hint="--data FOLDER, or --data builtin:fashion")
+    return open_source(
+        settings.data, "train-or-all", image_column=settings.image_column, label_column=settings.label_column
+    )
+
+
+def patch_of(settings: Seen) -> tuple[int, tuple[int, int]]:
+    """Return the patch side in pixels and the grid, rows and columns, of what pre-training sees.
+
+    Raises:
+        MaekitError: E-CONFIG-MODEL, E-CONFIG-SIZE if patches do not fill the image.
+    """
+    patch = settings.patch_size or geometry(settings.model).patch
+    check_patches(settings.img_size, patch)
+    return patch, (settings.img_size[0] // patch, settings.img_size[1] // patch)
 
 
 def _again(resolved: Resolved, loop: Loop, batch: int, world: World) -> Resolved:
