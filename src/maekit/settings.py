@@ -404,14 +404,11 @@ class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
         None,
         "at the final score, average over the image and its mirror, centre and corners, or both; default: one view",
     )
-    tune_blocks: AutoJobs = Annotated[int, Field(ge=1, le=64)] | Literal["slurm"]
-
-
-AllOrBlocks = setting(
-    "all",
-    "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
-    "the last block too (paper section 4.4); all: embeddings too",
-)
+    tune_blocks: AllOrBlocks = setting(
+        "all",
+        "last blocks that are trained, the rest frozen in eval mode; 0: head and the norm under it, 0.5: the MLP of "
+        "the last block too (paper section 4.4); all: embeddings too",
+    )
 
 
 class Partial(Finetune):

@@ -59,9 +59,9 @@ SCALES: dict[str, Scale] = {
     ),
     "tiny": Scale(
         "images of 32 px (28 where they are smaller), an encoder 96 wide with 4 blocks, a decoder 64 wide with 2, "
-        "1,200 steps of 128 images; 200 steps of fine-tuning and a solved probe with 10 % of the labels",
+        "800 steps of 128 images; 200 steps of fine-tuning and a solved probe with 10 % of the labels",
         {"b": (64, 3), "l": (96, 4), "h": (128, 5)},
-        _PRETRAIN | {"steps": 1200, "batch_size": 128, "base_lr": 2e-3},
+        _PRETRAIN | {"steps": 800, "batch_size": 128, "base_lr": 2e-3},
         _FINETUNE | {"steps": 200},
         {"layer_decay": 1.0},
     ),
@@ -131,7 +131,8 @@ def plan(
     values = base | scaled
     if "epochs" in (row.pretrain or {}):
         values |= _scaled_length((row.pretrain or {})["epochs"] / length_of(table), base)
-    fine = dict(chosen.finetune) | ({} if row.pretrain is not None else dict(chosen.scratch)) | tuned | row.finetune
+    scratch = {} if row.pretrain is not None else chosen.scratch
+    fine: dict[str, Any] = {**chosen.finetune, **scratch, **tuned, **row.finetune}
     if row.pretrain is None:
         names = ("model", "img_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
         fine = {name: values[name] for name in names if name in values} | fine | {"from_scratch": True}
@@ -221,7 +222,7 @@ def _scaled(name: str, value: Any, base: Mapping[str, Any]) -> Any:
     found = _multiple(name, value, base)
     if found is None:
         raise MaekitError(
-            "E-CONFIG-VALUE", f"setting pretrain: {name} {base[name]}", expected="a value of which the rows are multiples"
+            "E-CONFIG-VALUE", f"setting pretrain: {name} {base[name]}", expected="one of which the rows are multiples"
         )  # fmt: skip
     return (found, found) if name == "img_size" else found
 

@@ -11,6 +11,7 @@ here, and what its text says of the order stands in `Table.says`.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from maekit.recipes import cost, paper
@@ -93,7 +94,7 @@ def _scores(finetune: float | None = None, probe: float | None = None, **more: f
 
 def _rising(measure: str, *names: str) -> tuple[tuple[str, str, str], ...]:
     """Say that each row is better than the one before."""
-    return tuple((measure, better, worse) for worse, better in zip(names, names[1:], strict=False))
+    return tuple((measure, better, worse) for worse, better in pairwise(names))
 
 
 BEIT_LIKE = {
@@ -101,7 +102,7 @@ BEIT_LIKE = {
 }  # fmt: skip
 """As in BEiT (arXiv 2106.08254): mask tokens in the encoder, a linear head on it, visual tokens, blocks of 40 %."""
 PIXEL, NORM = {"target": "pixel"}, {"target": "norm_pixel"}
-OTHER_METHOD = "another method, which this package does not train; its figure is there to be compared with"
+OTHER_METHOD = "another method, not trained here"
 NO_DENSE = "detection and segmentation are not in this package"
 
 
@@ -303,7 +304,8 @@ def _main() -> Iterator[Table]:
         Row(f"{name}-{size}", f"{NAMES[size]}, {told}", paper=_scores(found, probe), size=size, refused=OTHER_METHOD)
         for name, told, size, found, probe in (
             ("dino", "DINO", "b", 82.8, None), ("moco-v3", "MoCo v3", "b", 83.2, None),
-            ("moco-v3", "MoCo v3", "l", 84.1, 77.6), ("beit", "BEiT", "b", 83.2, None), ("beit", "BEiT", "l", 85.2, 52.1),
+            ("moco-v3", "MoCo v3", "l", 84.1, 77.6), ("beit", "BEiT", "b", 83.2, None),
+            ("beit", "BEiT", "l", 85.2, 52.1),
         )
     ]  # fmt: skip
     beit_like = [
@@ -407,8 +409,8 @@ def _elsewhere() -> Iterator[Table]:
         refused="every row is a data set of its own, scored by a command of its own",
     )
     published = {
-        "mae": ("MAE", (("b", (51.7, 35.9, 48.3, 34.5)), ("l", (41.8, 57.1, 59.9, 45.3)), ("h", (33.8, 68.2, 64.4, 49.6)),
-                        ("h448", (36.8, 76.7, 66.5, 50.9)))),
+        "mae": ("MAE", (("b", (51.7, 35.9, 48.3, 34.5)), ("l", (41.8, 57.1, 59.9, 45.3)),
+                        ("h", (33.8, 68.2, 64.4, 49.6)), ("h448", (36.8, 76.7, 66.5, 50.9)))),
         "supervised": ("supervised", (("b", (45.8, 27.2, 49.4, 35.6)), ("l", (42.3, 29.6, 50.9, 37.5)),
                                       ("h", (41.3, 33.1, 50.3, 38.0)))),
     }  # fmt: skip
@@ -419,7 +421,8 @@ def _elsewhere() -> Iterator[Table]:
         tuple(
             Row(
                 f"{name}-{short}", f"{dict(sizes)[short]}, {told}", None, size=short[0],
-                paper={"in-c": found[0], **{f"in-{k}": round(v / 100, 5) for k, v in zip("ars", found[1:], strict=True)}},
+                paper={"in-c": found[0]}
+                | {f"in-{kind}": round(value / 100, 5) for kind, value in zip("ars", found[1:], strict=True)},
                 refused="maekit robustness CLASSIFIER --protocol in-c --data FOLDER; in-a, in-r, in-sketch likewise",
             )
             for name, (told, by_size) in published.items()
@@ -496,5 +499,5 @@ def hours(table: Table, row: Row) -> dict[str, float]:
     found["finetune"] = cost.gpu_hours(cost.encoder_macs(tuned), (tuned.epochs or 0) * cost.IMAGENET)
     if "probe" in table.measures and row.pretrain is not None:
         seen = (probe_recipe(row).settings.epochs or 0) * cost.IMAGENET
-        found["probe"] = cost.gpu_hours(cost.encoder_macs(tuned), seen, trained=False)
+        found["probe"] = cost.gpu_hours(cost.encoder_macs(pretrain_recipe(table, row).settings), seen, trained=False)
     return found

@@ -21,13 +21,13 @@ from maekit.train.log import clock
 NAMES = {"finetune": "fine-tuned", "probe": "linear probe"}
 NOTE = (
     "Mean ± standard deviation over seeds; one value stands alone. The paper's figures are top-1 of ViT-L/16 (where a "
-    "row does not say otherwise) on ImageNet-1K and stand here for their order, not to be reached. GFLOPs: of one image "
-    "in a step, forward and backward; memory: peak of the process, on a GPU that of the device."
+    "row does not say otherwise) on ImageNet-1K and stand here for their order, not to be reached. GFLOPs: of one "
+    "image in a step, forward and backward; memory: peak of the process, on a GPU that of the device."
 )
 JUDGED = (
-    "Pairs of rows that the paper tells apart: by figures that differ by more than .0023, or by its words. Confirmed and "
-    "contradicted: p below .05 in a paired t-test over seeds, not corrected for the number of pairs; within the spread: "
-    "otherwise. One seed cannot tell a difference from chance."
+    "Pairs of rows that the paper tells apart: by figures that differ by more than .0023, or by its words. Confirmed "
+    "and contradicted: p below .05 in a paired t-test over seeds, not corrected for the number of pairs; within the "
+    "spread: otherwise. One seed cannot tell a difference from chance."
 )
 
 
@@ -142,8 +142,8 @@ def _where(metrics: Mapping[str, Any]) -> str:
     labels = f"{metrics['labels']} of the labels" if metrics["labels"] else "all labels"
     seeds = f"{metrics['seeds']} seed{'s' * (metrics['seeds'] > 1)}"
     return (
-        f"scale {metrics['scale']}, on {metrics['train_images']:,} images of {Path(str(metrics['data'])).name}, {labels}, "
-        f"scored on {metrics['val_images']:,}; {seeds}, {metrics['device']}"
+        f"scale {metrics['scale']}, on {metrics['train_images']:,} images of {Path(str(metrics['data'])).name}, "
+        f"{labels}, scored on {metrics['val_images']:,}; {seeds}, {metrics['device']}"
     )
 
 

@@ -9,7 +9,7 @@ from maekit.scores.spread import Difference, paired_over_seeds
 
 APART = 0.0023
 """Published accuracies nearer than this state no difference: four seeds of the authors' ViT-B deviate by .0008
-(FINETUNE.md), and a difference of two such runs is beyond this by chance in one of twenty cases (1.96 * 2**.5 * .0008)."""
+(FINETUNE.md), and the difference of two such runs is beyond this in one of twenty cases (1.96 * 2**.5 * .0008)."""
 VERDICTS = ("confirmed", "contradicted", "within the spread", "as published, one seed", "the other way, one seed",
             "equal, one seed", "no verdict")  # fmt: skip
 

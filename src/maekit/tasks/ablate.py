@@ -1,9 +1,10 @@
-"""Run a table of the paper on a user's images: each row pre-trained, probed, fine-tuned, beside the paper's figures.
+"""Run a table of the paper on a user's images: each row pre-trained, probed, fine-tuned, beside its figures.
 
-A row and a seed make `maekit.tasks.parts`: a pre-training, a linear probe and a fine-tune of it, each the verb itself in
-a run folder of its own. The folders lie in ``--parts`` and are named by a digest of what decides them, so rows, seeds
-and tables share what they have in common; ``OUT/rows/ROW/seed-S/{pretrain,probe,finetune}`` are links to them. Seed s
-is the seed of weights, masks and order, and draws the labels: the same for every row, so rows are compared seed by seed.
+A row and a seed make `maekit.tasks.parts`: a pre-training, a linear probe and a fine-tune of it, each the verb itself
+in a run folder of its own. The folders lie in ``--parts`` and are named by a digest of what decides them, so rows,
+seeds and tables share what they have in common; ``OUT/rows/ROW/seed-S/{pretrain,probe,finetune}`` are links to them.
+Seed s is the seed of weights, masks and order, and draws the labels: the same for every row, so rows are compared seed
+by seed.
 """
 
 import hashlib
@@ -29,7 +30,6 @@ from maekit.recipes import cost
 from maekit.recipes.scales import Plan, default_of, plan
 from maekit.recipes.tables import TABLES, Row, Table
 from maekit.report.ablation import ablation_report, planned, told
-from maekit.report.files import write_whole
 from maekit.scores.ordering import ordering, summary
 from maekit.settings import Ablate, Finetune, Pretrain, Probe
 from maekit.tasks import Result
@@ -47,8 +47,8 @@ TRY_SECONDS = 10.0
 """Of the steps that ``--dry-run`` times, after one that is not counted."""
 FITTED = {"pca": "pca", "token": "tokenizer"}
 """Target -> the verb that fits what it needs."""
-OF_THE_COMMAND = ("data", "image_column", "label_column", "workers", "val_data", "labels", "label_seed", "device", "seed",
-                  "out", "run", "recipe", "resume", "stop_at", "target_from")  # fmt: skip
+OF_THE_COMMAND = ("data", "image_column", "label_column", "workers", "val_data", "labels", "label_seed", "device",
+                  "seed", "out", "run", "recipe", "resume", "stop_at", "target_from")  # fmt: skip
 """Settings that ``--pretrain`` and ``--finetune`` cannot give: the table decides them."""
 
 
@@ -76,8 +76,8 @@ def ablate(settings: Ablate | dict[str, Any]) -> Result:
         settings: as on the command line; a dictionary is checked like a config file.
 
     Returns:
-        run, table, scale, rows (name, label, paper, scores by measure and seed, cost), ordering, summary; exit code 75 if
-        stopped, 1 if a row failed; with dry_run rows, flops, seconds and disk_mib.
+        run, table, scale, rows (name, label, paper, scores by measure and seed, cost), ordering, summary; exit code 75
+        if stopped, 1 if a row failed; with dry_run rows, flops, seconds and disk_mib.
 
     Raises:
         MaekitError: for everything a user can cause, all that can be known before the first step at once.
@@ -259,10 +259,9 @@ def _parts(
         fitted: tuple[Part, ...] = ()
         if verb is not None:
             kind = getattr(declared, verb.capitalize())
-            same = {n: getattr(wanted, n) for n in kind.model_fields if n in Pretrain.model_fields}
-            same |= {"recipe": None, "seed": settings.seed}  # fitted once for all seeds
-            same |= {n: kind.model_fields[n].default for n in kind.model_fields.keys() & LENGTHS}
-            fitted = (add(verb, kind, {n: v for n, v in same.items() if n != "out"}, (), 0.0),)
+            same = {name: getattr(wanted, name) for name in kind.takes_only} | shared
+            same = {name: value for name, value in same.items() if name in kind.model_fields}
+            fitted = (add(verb, kind, same | {"seed": settings.seed}, (), 0.0),)  # once for all seeds
             chosen_target = {"target": chosen.pretrain["target"], "target_from": fitted[0].folder}
         else:
             chosen_target = {}
@@ -279,11 +278,6 @@ def _parts(
     return found
 
 
-LENGTHS = {"epochs", "steps", "batch_size", "micro_batch", "base_lr", "lr", "min_lr", "warmup_epochs", "warmup_steps",
-           "weight_decay", "betas", "clip_grad", "embed_dim", "depth", "num_heads", "model"}  # fmt: skip
-"""Settings of what is fitted beforehand that are its own and not those of the pre-training."""
-
-
 def _seen(chosen: Any, images: int) -> float:
     """Return the images that a training goes through."""
     if chosen.steps is not None:
@@ -296,8 +290,8 @@ def _seen(chosen: Any, images: int) -> float:
 
 def _runner(settings: Ablate, out: Path) -> Any:
     if settings.jobs == "slurm":
-        words = dict(word.partition("=")[::2] for word in settings.slurm)
-        return slurm(out / "slurm", {name: _number(value) for name, value in words.items()})
+        words = [word.partition("=") for word in settings.slurm]
+        return slurm(out / "slurm", {name: _number(value) for name, _, value in words})
     if settings.slurm:
         raise MaekitError("E-CONFIG-IDLE", "setting slurm", found=f"jobs {settings.jobs}", expected="--jobs slurm")
     return in_this_process if settings.jobs == 1 else beside
@@ -330,8 +324,11 @@ def _fill(
     same_data(run, len(train), fingerprint)
     describe(run, settings, Resolved(images=len(train), fingerprint=fingerprint, classes=train.classes))
     parts = _every(lines)
-    of = {part.folder: (line, seed) for line in reversed(lines) for seed, runs in line.runs.items()
-          for part in runs.values()}  # fmt: skip
+    of: dict[Path, tuple[Line, int]] = {}
+    for line in lines:
+        for seed, runs in line.runs.items():
+            for part in runs.values():
+                of.setdefault(part.folder, (line, seed))
     _link(run.path, lines)
     if any(part.result is None for part in parts):
         (run.path / "result.json").unlink(missing_ok=True)
@@ -351,7 +348,8 @@ def _fill(
         left = _left(parts, spent["flops"], time.monotonic() - began)
         log.info(
             "run %d of %d: %s of row %s (%d of %d), seed %d%s",
-            number, count, part.verb, line.row.name, row, len(lines), seed, f"; about {clock(left)} left" if left else "",
+            number, count, part.verb, line.row.name, row, len(lines), seed,
+            f"; about {clock(left)} left" if left else "",
         )  # fmt: skip
 
     def done(part: Part) -> None:
@@ -418,7 +416,8 @@ def _metrics(
         "run": str(out), "table": table.name, "title": table.title, "source": table.source, "axis": table.axis,
         "scale": settings.scale, "data": settings.data, "labels": _labels(settings), "seeds": settings.seeds,
         "train_images": len(train), "val_images": len(val), "device": str(resolve_device(settings.device)),
-        "default": default_of(table, settings.scale), "measures": measures, "rows": rows, "ordering": orders, "summary": sentences,
+        "default": default_of(table, settings.scale), "measures": measures, "rows": rows,
+        "ordering": orders, "summary": sentences,
         "runs": len(parts), "done": sum(part.result is not None for part in parts), "failed": dict(failed),
     }  # fmt: skip
 
@@ -444,7 +443,9 @@ def _row_metrics(line: Line, measures: Sequence[str], failed: dict[str, str]) ->
         "gflops_per_image": _per_image(line),
         "seconds": _mean(trained, "seconds"), "images_per_second": _mean(trained, "images_per_second"),
         "memory_mib": max((cost["memory_mib"] for cost in trained if cost.get("memory_mib")), default=None),
-        "runs": {str(seed): {verb: str(part.folder) for verb, part in runs.items()} for seed, runs in line.runs.items()},
+        "runs": {
+            str(seed): {verb: str(part.folder) for verb, part in runs.items()} for seed, runs in line.runs.items()
+        },
     }  # fmt: skip
 
 

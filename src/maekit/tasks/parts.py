@@ -137,7 +137,7 @@ def _cost_file(folder: Path) -> Path:
 
 
 def _read_cost(folder: Path) -> dict[str, Any]:
-    """Return what is known of seconds and memory; a training has booked its seconds itself, also those before a kill."""
+    """Return what is known of seconds and memory; a training has booked its seconds itself, those before a kill too."""
     found: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         found = dict(json.loads(_cost_file(folder).read_text()))
