@@ -52,7 +52,9 @@ def whole(steps: Iterator[Iterator[Batch]]) -> list[Batch]:
 
 
 def join(parts: list[Batch]) -> Batch:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert len({int(part["step"]) for part in parts}) == 1
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "step"}
+    return {**whole, "step": parts[0]["step"]}
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -270,10 +271,10 @@ def test_the_score_of_a_unit_is_the_mean_of_its_patches() -> None:
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value)),
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(arguments: tuple[str, tuple[int, int], float], said: str) -> None:
-    kind, grid, *rest = arguments
+def test_what_cannot_be_drawn_is_refused_in_one_line(arguments: tuple[Any, ...], said: str) -> None:
     with pytest.raises(MaekitError, match=said) as caught:
-        check_masking(kind, grid, *rest)
+        check_masking(*arguments)
+    kind, grid, *rest = arguments
     with pytest.raises(MaekitError, match=said):
         draw_masking(kind, noise_of(2, grid), grid, *rest)
     assert caught.value.code == "E-CONFIG-MASK"

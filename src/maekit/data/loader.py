@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maekit.data.image import read_image
+from maekit.data.masks import Masks
 from maekit.data.source import Source
 from maekit.errors import MaekitError
 from maekit.seeds import mix, seed_cpu
@@ -40,6 +41,9 @@ log = logging.getLogger("maekit")
 
 PRELOADED = ["maekit.data.loader", "maekit.data.augment", "maekit.data.sources"]
 """What the fork server imports once: a worker that had to import torchvision and timm itself would take seconds."""
+
+STACKED = ("noise", "targets", "scores")
+"""What else a sample may hold."""
 
 Batch = dict[str, Tensor]
 View = Callable[[Tensor], Tensor]
@@ -58,15 +62,17 @@ def steps_per_epoch(num_images: int, batch_size: int, drop_last: bool) -> int:
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Items of a source by (epoch, index): decoded, viewed, with the mask's noise.
+    """Items of a source by (epoch, index): decoded, viewed, with the mask's noise, and scores where masks are given.
 
     An image that cannot be read is replaced by the next readable one, so every worker count sees the same; what
     was wrong travels with the item under "bad".
     """
 
-    def __init__(self, source: Source, view: View, channels: int, seed: int, num_noise: int) -> None:
+    def __init__(
+        self, source: Source, view: View, channels: int, seed: int, num_noise: int, masks: Masks | None = None
+    ) -> None:
         self.source, self.view, self.channels = source, view, channels
-        self.seed, self.num_noise = seed, num_noise
+        self.seed, self.num_noise, self.masks = seed, num_noise, masks
 
     def __len__(self) -> int:
         return len(self.source)
@@ -74,7 +80,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         try:
-            image, index, bad = self._read(index)
+            image, scores, index, bad = self._read(index)
         except MaekitError as error:  # as an item: an exception of more than one argument cannot leave a worker
             return {"stop": str(error.args[0])}
         seed_cpu(self.seed, epoch, key[1])
@@ -83,9 +89,11 @@ class Samples(Dataset[dict[str, Any]]):
         item = {"images": self.view(image), "labels": label, "ids": index, "noise": noise, "bad": bad}
         if self.source.targets is not None:
             item["targets"] = torch.from_numpy(self.source.targets.values[index]).float()
+        if scores is not None:
+            item["scores"] = scores
         return item
 
-    def _read(self, index: int) -> tuple[Tensor, int, list[tuple[int, str]]]:
+    def _read(self, index: int) -> tuple[Tensor, Tensor | None, int, list[tuple[int, str]]]:
         bad: list[tuple[int, str]] = []
         for offset in range(min(len(self.source), 100)):
             at = (index + offset) % len(self.source)
@@ -96,7 +104,8 @@ class Samples(Dataset[dict[str, Any]]):
                     if isinstance(data, Tensor)
                     else read_image(data, channels=self.channels, name=self.source.ids[at])
                 )
-                return self._checked(image, at), at, bad
+                scores = None if self.masks is None else self.masks.scores(at)
+                return self._checked(image, at), scores, at, bad
             except (MaekitError, OSError) as error:
                 bad.append((at, str(error.args[0]) if isinstance(error, MaekitError) else str(error)))
         raise MaekitError("E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}")
@@ -137,6 +146,7 @@ class Loader:
         std: per channel, divides on the device.
         num_noise: length of each sample's "noise": the number of patches, 0 where nothing is masked.
         bad_log: file to which unreadable images are written, one JSON object a line.
+        masks: gives each sample its "scores" (N,); an image whose mask cannot be read is an unreadable image.
     """
 
     def __init__(
@@ -156,12 +166,13 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         bad_log: Path | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self.source, self.seed, self.workers = source, seed, workers
         self.batch_size = min(batch_size, len(source))
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.device = torch.device(device)
-        self.samples = Samples(source, view, len(mean), seed, num_noise)
+        self.samples = Samples(source, view, len(mean), seed, num_noise, masks)
         shape = (1, len(mean), 1, 1)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(shape)
         self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(shape)
@@ -204,13 +215,14 @@ class Loader:
     def steps(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
         """Yield, for each step of ``start..stop-1``, this process's micro-batches in order.
 
+        Each holds the number of the step, the same in every process: "step", shape (), on the CPU, to be read there.
         A micro-batch is put on the device when it is asked for, so that accumulation costs no memory; those of a step
         must all be taken before the next step.
         """
         batches = self._batches(StepSampler(self, start, stop))
         for step in range(start, stop):
             count = math.ceil(max(1, self.sizes(step)[1]) / self.micro_batch)
-            yield itertools.islice(batches, count)
+            yield _numbered(itertools.islice(batches, count), step)
 
     def sweep(self) -> Iterator[Batch]:
         """Yield every sample of this process's share exactly once, in order, for evaluation and features.
@@ -313,6 +325,11 @@ def _close_all() -> None:
             batches.close()
 
 
+def _numbered(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+    for batch in batches:
+        yield {**batch, "step": torch.tensor(step)}
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack items into a batch; "bad" becomes one list, "stop" (why no batch is possible) stands alone."""
     if stops := [item["stop"] for item in items if "stop" in item]:
@@ -324,7 +341,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "images": torch.stack(images),
         "labels": torch.tensor([item["labels"] for item in items]),
         "ids": torch.tensor([item["ids"] for item in items]),
-        **{name: torch.stack([item[name] for item in items]) for name in ("noise", "targets") if name in items[0]},
+        **{name: torch.stack([item[name] for item in items]) for name in STACKED if name in items[0]},
         "bad": [entry for item in items for entry in item["bad"]],
     }
 

@@ -243,6 +243,11 @@ class MaskedAutoencoder(nn.Module):
         self.spec |= {"mean": list(self.mean), "std": list(self.std)}
         self._tell_objective()
 
+    def set_checkpointing(self, on: bool = True) -> None:
+        """Compute the activations of encoder and decoder blocks anew in the backward pass, to save memory."""
+        self.encoder.set_grad_checkpointing(on)
+        self.decoder.checkpointing = on
+
     def _tell_objective(self) -> None:
         if isinstance(self.objective, Tokens):
             self.objective.mean, self.objective.std = self.mean, self.std

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from maekit.data.augment import EvalView, PretrainView, default_crop_pct
 from maekit.data.loader import Batch, Loader
+from maekit.data.masks import Masks, open_masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.targets import Target, load_target
 from maekit.interchange.weights import as_model, metadata, read_weights, save_encoder
 from maekit.model.mae import MaskedAutoencoder, create_model
-from maekit.model.masking import check_masking
+from maekit.model.masking import check_masking, ratio_of_step
 from maekit.model.targets import MADE, Components, Tokens
 from maekit.model.variant import Variant
 from maekit.report.pretraining import pretrain_report
@@ -68,6 +69,7 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     goal = _goal(settings)
     model = new_model(settings, channels, goal)
     _check(settings, model)  # refused before anything is read or written
+    masks = _masks(settings, source, model)
     statistics = _statistics(settings, channels)
     if goal is not None and goal.kind == "pca":
         statistics = _same_images(goal, source, statistics)
@@ -76,14 +78,12 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
     resolved = prepare(run, settings, settings, source, here, model, statistics=statistics)
     model.to(here.device).train()
-    if settings.checkpointing:
-        model.encoder.set_grad_checkpointing()
-        model.decoder.checkpointing = True
+    model.set_checkpointing(settings.checkpointing)
 
     view = PretrainView(settings.img_size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter)
     loader = train_loader(
         source, view, settings, resolved, here, run,
-        size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches,
+        size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches, masks=masks,
     )  # fmt: skip
     plan = Plan(
         schedule(settings, loader.steps_per_epoch, loader.batch_size),
@@ -95,7 +95,10 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
 
     def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(module, MaskedAutoencoder)
-        return {"loss": module.loss(batch["images"], batch["noise"], mask_ratio=settings.mask_ratio)}
+        ratio = settings.mask_ratio
+        if settings.mask_ratio_max is not None:
+            ratio = ratio_of_step(ratio, settings.mask_ratio_max, settings.seed, int(batch["step"]))
+        return {"loss": module.loss(batch["images"], batch["noise"], ratio, batch.get("scores"))}
 
     groups = pretrain_groups(model, settings.weight_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=plan.schedule.peak)
@@ -157,6 +160,25 @@ def new_model(settings: Pretrain, channels: int, goal: Target | None = None) -> 
         assert isinstance(model.objective, Components | Tokens)
         model.objective.made.load_state_dict(goal.tensors)
     return model
+
+
+def _masks(settings: Pretrain, source: Source, model: MaskedAutoencoder) -> Masks | None:
+    """Open the masks that were given.
+
+    Raises:
+        MaekitError: E-DATA-MASK; E-CONFIG-MASK for a mask of each whole image with views that show parts of it.
+    """
+    if settings.mask_from is None:
+        return None
+    masks = open_masks(settings.mask_from, source, model.grid)
+    whole = settings.crop == "centre" and default_crop_pct(settings.img_size) == 1.0
+    whole = whole or (settings.crop == "random" and settings.crop_scale == (1.0, 1.0))
+    if masks.per_image and (settings.flip or not whole):
+        raise MaekitError(
+            "E-CONFIG-MASK", f"masks in {settings.mask_from}, one for each image", found="views of parts of the image",
+            expected="views of the whole image, as the masks are", hint="--crop-scale 1 1 --no-flip",
+        )  # fmt: skip
+    return masks
 
 
 def _goal(settings: Pretrain) -> Target | None:

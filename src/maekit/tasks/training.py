@@ -15,6 +15,7 @@ from torch import Tensor
 from maekit.data.check import check
 from maekit.data.image import read_image, sniff
 from maekit.data.loader import Loader, View, auto_workers, steps_per_epoch
+from maekit.data.masks import Masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
@@ -187,6 +188,7 @@ def train_loader(
     seed: int,
     workers: int | str,
     num_noise: int = 0,
+    masks: Masks | None = None,
 ) -> Loader:
     """Return the loader of a training run: this process's part of every global batch."""
     return Loader(
@@ -199,6 +201,7 @@ def train_loader(
         std=resolved.std,
         seed=seed,
         num_noise=num_noise,
+        masks=masks,
         workers=number_of_workers(workers, len(source), size),
         device=world.device,
         rank=world.rank,
