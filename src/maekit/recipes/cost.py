@@ -62,10 +62,13 @@ def encoder_macs(settings: Pretrain | Finetune) -> float:
 def pretraining_macs(settings: Pretrain) -> tuple[float, float]:
     """Return the multiplications of encoder and decoder on one image of pre-training, forward."""
     shape = encoder_shape(settings)
-    kept = shape.patches if settings.mask_kind == "none" else int(shape.patches * (1 - settings.mask_ratio) + 1e-6)
+    unit = settings.mask_unit**2
+    kept = int(shape.patches // unit * (1 - settings.mask_ratio) + 1e-6) * unit
+    kept = shape.patches if settings.mask_kind == "none" else kept
     seen = shape.patches if settings.encoder_mask_token else kept
-    encoder = seen * shape.values * shape.width + blocks(1 + seen, shape.width, shape.depth)
+    encoder = kept * shape.values * shape.width + blocks(1 + seen, shape.width, shape.depth)
     predicted = {"masked": shape.patches - kept, "visible": kept, "all": shape.patches}[settings.loss_on]
+    predicted = shape.patches if settings.mask_kind == "none" else predicted
     outputs = {"pca": 96, "token": 8192}.get(settings.target, shape.values)
     if settings.decoder_depth == 0:
         return encoder, float(predicted * shape.width * outputs)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from maekit.errors import MaekitError
 from maekit.recipes.tables import Row, Table, finetune_recipe, pretrain_recipe, probe_recipe
-from maekit.settings import Settings
+from maekit.settings import Finetune, Pretrain, Settings
 
 MODEL = "vit_tiny_patch16_224"
 Name = Literal["paper", "small", "tiny"]
@@ -132,7 +132,7 @@ def plan(
     if "epochs" in (row.pretrain or {}):
         values |= _scaled_length((row.pretrain or {})["epochs"] / length_of(table), base)
     scratch = {} if row.pretrain is not None else chosen.scratch
-    fine: dict[str, Any] = {**chosen.finetune, **scratch, **tuned, **row.finetune}
+    fine = _changed(Finetune, {**chosen.finetune, **scratch}, tuned) | dict(row.finetune)
     if row.pretrain is None:
         names = ("model", "img_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
         fine = {name: values[name] for name in names if name in values} | fine | {"from_scratch": True}
@@ -171,15 +171,21 @@ def _refuse_decided(table: Table, changes: Mapping[str, Any], tuned: Mapping[str
 
 
 def _decided(settings: Settings, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the values that a recipe decides with changes over them; a rival of a changed one falls away."""
+    """Return the values that a recipe decides with changes over them."""
     values = {name: getattr(settings, name) for name in settings.model_fields_set}
-    for name in changes or {}:
-        for rivals in type(settings).one_of:
+    return _changed(type(settings), values, changes or {})
+
+
+def _changed(kind: type[Settings], values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with changes over them; a rival of a changed one falls away, as in `maekit.config.resolve`."""
+    found = dict(values)
+    for name in changes:
+        for rivals in kind.one_of:
             if name in rivals:
-                values |= dict.fromkeys(rivals)
-        for lost in type(settings).takes_along.get(name, ()):
-            values[lost] = None
-    return {**values, **(changes or {})}
+                found |= dict.fromkeys(rivals)
+        for lost in kind.takes_along.get(name, ()):
+            found[lost] = None
+    return {**found, **changes}
 
 
 def _base(
@@ -190,12 +196,8 @@ def _base(
     base: dict[str, Any] = {**scale.pretrain, **geometry, "embed_dim": width, "depth": depth}
     base |= {"target": "norm_pixel"} if table.main else {}
     base |= {} if channels is None else {"channels": channels}
-    base |= changes
-    if "epochs" in changes:
-        base.pop("steps")
-    if table.main and "steps" in base and "steps" not in changes:
-        base["steps"] *= 2  # 1600 epochs where Table 1 has 800
-    return base
+    base["steps"] *= 2 if table.main else 1  # 1600 epochs where Table 1 has 800
+    return _changed(Pretrain, base, changes)
 
 
 def _absent(row: Row, base: Mapping[str, Any]) -> str | None:

@@ -179,7 +179,10 @@ def _figures(metrics: Mapping[str, Any]) -> list[Figure]:
     if not measures:
         return []
     height = 2.6 * len(measures) if metrics["axis"] else sum(0.9 + 0.3 * len(metrics["rows"]) for _ in measures)
-    told = "Left: here, dots are seeds, line or bar the mean, whiskers the standard deviation. Right: the paper."
+    told = (
+        "Left: here, dots are seeds, line or bar the mean, whiskers the standard deviation. Right: the paper. Axes "
+        "begin near the lowest score."
+    )
     return [Figure(as_svg(_drawing(metrics, measures), height), f"{metrics['title']}. {told}")]
 
 
@@ -216,6 +219,9 @@ def _draw_line(
                    capsize=2, elinewidth=0.8)  # fmt: skip
     for x, each in there:
         panel.scatter([x] * len(each), each, s=8, color=colour, edgecolors=INK, linewidths=0.4, zorder=3)
+    low, high = panel.get_ylim()
+    if high - low < 0.02:  # a thousandth is no slope
+        panel.set_ylim((low + high) / 2 - 0.01, (low + high) / 2 + 0.01)
     if not there:
         panel.text(0.5, 0.5, "no figures", ha="center", va="center", transform=panel.transAxes)
     lowest, highest = min((x for x, _ in there), default=1.0), max((x for x, _ in there), default=1.0)
@@ -236,13 +242,18 @@ def _draw_bars(
         each = values[row["name"]]
         if not each:
             continue
-        mean = statistics.fmean(each)
+        mean, deviation = statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else 0.0
         panel.barh(at, mean - start, left=start, height=0.62, color=colour, alpha=0.55, linewidth=0)
         if len(each) > 1:
-            panel.errorbar(mean, at, xerr=statistics.stdev(each), color=INK, linewidth=1.0, capsize=3, zorder=3)
+            panel.errorbar(mean, at, xerr=deviation, color=INK, linewidth=1.0, capsize=3, zorder=3)
             panel.scatter(each, [at] * len(each), s=10, color=colour, edgecolors=INK, linewidths=0.5, zorder=4)
         panel.annotate(
-            f"{mean:.3f}", (max([mean, *each]), at), (6, 0), textcoords="offset points", va="center", fontsize=8
+            f"{mean:.3f}",
+            (max([mean + deviation, *each]), at),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
         )
     panel.set_yticks(range(len(rows)), [clean(row["name"], 24) for row in rows])
     panel.set_ylim(len(rows) - 0.4, -0.6)
