@@ -109,8 +109,11 @@ def test_a_rows_recipe_resolves_to_the_base_and_what_the_row_changes(name: str) 
 
 def test_the_default_rows_are_all_the_same_run() -> None:
     base = row_recipe(*row_of("paper/table1a-decoder-depth/8")).settings
-    for name in ("table1b-decoder-width", "table1c-mask-token", "table1d-target", "table1e-augmentation", "pretext",
-                 "table1f-mask-sampling", "fig5-mask-ratio", "fig7-schedule", "loss-on-all", "fig9-partial"):  # fmt: skip
+    names = (
+        "table1b-decoder-width", "table1c-mask-token", "table1d-target", "table1e-augmentation",
+        "table1f-mask-sampling", "fig5-mask-ratio", "fig7-schedule", "loss-on-all", "fig9-partial", "pretext",
+    )  # fmt: skip
+    for name in names:
         table = TABLES[name]
         assert row_recipe(table, table.row(table.default)).settings == base, name
 
@@ -208,6 +211,18 @@ def test_mask_tokens_in_the_encoder_cost_three_times_the_operations() -> None:
         sum(cost.pretraining_macs(row_recipe(table, table.row(n)).settings)) for n in ("with", "without")
     )
     assert tokens / default == pytest.approx(3.24, abs=0.01)  # 3.22 where removed patches are embedded; the paper: 3.3
+
+
+def test_the_formula_and_the_count_of_the_model_agree() -> None:
+    counted = pytest.importorskip("maekit.model.flops")
+    for name in ("paper/table1a-decoder-depth/1", "paper/table1b-decoder-width/1024", "paper/table1c-mask-token/with",
+                 "paper/long-seq/448-16", "paper/loss-on-all/all", "paper/pretext/noise"):  # fmt: skip
+        chosen = row_recipe(*row_of(name)).settings
+        with torch.device("meta"):
+            model = new_model(chosen, 3)
+        found = counted.flops(model, chosen.mask_ratio)
+        macs = cost.pretraining_macs(chosen)
+        assert [2 * each for each in macs] == pytest.approx([found.encoder.forward, found.decoder.forward], rel=0.002)
 
 
 def test_gpu_hours_follow_from_operations() -> None:

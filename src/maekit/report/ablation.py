@@ -79,7 +79,7 @@ def planned(metrics: dict[str, Any]) -> str:
     headers = ["row", "", "GFLOPs an image", "runs", "PFLOPs", "time"]
     cells: list[list[Cell]] = [
         [row["name"], row["label"], f"{row['gflops_per_image']:.3g}", row["runs"], f"{row['flops'] / 1e15:.3g}",
-         clock(row["seconds"])]
+         _duration(row["seconds"])]
         for row in metrics["rows"]
         if not row["absent"]
     ]  # fmt: skip
@@ -89,7 +89,7 @@ def planned(metrics: dict[str, Any]) -> str:
     lines += aligned([headers, *cells]) + _notes(metrics)
     lines += [
         f"{metrics['runs']} runs, {metrics['done']} of them done already; what rows share is done once.",
-        f"left: {metrics['flops'] / 1e15:.3g} PFLOPs, about {clock(metrics['seconds'])} on {metrics['device']} at "
+        f"left: {metrics['flops'] / 1e15:.3g} PFLOPs, about {_duration(metrics['seconds'])} on {metrics['device']} at "
         f"{metrics['flops_per_second'] / 1e9:.3g} GFLOP/s (steps of row {metrics['timed']} timed, without loading), "
         f"{metrics['disk_mib']:,.0f} MiB of disk",
     ]
@@ -132,6 +132,11 @@ def order_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]
         for measure, pairs in metrics["ordering"].items()
         for pair in pairs
     ]  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration as `clock` does, in days where it is many."""
+    return clock(seconds) if seconds < 3 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
 def _three(value: float | None) -> str | None:

@@ -7,8 +7,6 @@ Seed s is the seed of weights, masks and order, and draws the labels: the same f
 by seed.
 """
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -33,7 +31,7 @@ from maekit.report.ablation import ablation_report, planned, told
 from maekit.scores.ordering import ordering, summary
 from maekit.settings import Ablate, Finetune, Pretrain, Probe
 from maekit.tasks import Result
-from maekit.tasks.feature_cache import changes_of
+from maekit.tasks.feature_cache import data_digest
 from maekit.tasks.features import whole_splits
 from maekit.tasks.parts import Outcome, Part, beside, in_this_process, make_part, slurm, work_off
 from maekit.tasks.pretrain import new_model
@@ -91,7 +89,7 @@ def ablate(settings: Ablate | dict[str, Any]) -> Result:
     lines = _lines(settings, table, wanted, train, val)
     if settings.dry_run:
         return _dry(settings, table, lines, train)
-    runner = _runner(settings, out)
+    runner = _runner(settings)
     assert settings.parts is not None
     outside(settings.parts, settings.data)
     run = open_run(out, "ablate", settings)
@@ -152,7 +150,7 @@ def _lines(settings: Ablate, table: Table, rows: Sequence[Row], train: Source, v
     """
     side, channels = _side(train), 1 if settings.data == "builtin:fashion" else None
     changes, tuned = _given(settings, Pretrain, "pretrain"), _given(settings, Finetune, "finetune")
-    where = [_data_digest(part) for part in (train, val)] + [resolve_device(settings.device).type]
+    where = [data_digest(part) for part in (train, val)] + [resolve_device(settings.device).type]
     labelled = len(label_subset(train, _labels(settings), settings.label_seed))
     lines = []
     for row in rows:
@@ -229,11 +227,6 @@ def _plain_target(values: dict[str, Any]) -> str:
     return "pixel" if values["target"] in FITTED else values["target"]
 
 
-def _data_digest(source: Source) -> str:
-    said = [source.fingerprint(), changes_of(source), source.labels, source.classes]
-    return hashlib.sha256(json.dumps(said).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _parts(
     settings: Ablate, chosen: Plan, seed: int, where: Sequence[str], images: int, labelled: int, scored: int
 ) -> dict[str, Part]:
@@ -288,13 +281,14 @@ def _seen(chosen: Any, images: int) -> float:
 # ------------------------------------------------------------------------------------------------------ doing it
 
 
-def _runner(settings: Ablate, out: Path) -> Any:
+def _runner(settings: Ablate) -> Any:
     if settings.jobs == "slurm":
         words = [word.partition("=") for word in settings.slurm]
-        return slurm(out / "slurm", {name: _number(value) for name, _, value in words})
+        assert settings.parts is not None
+        return slurm(settings.parts / "slurm", {name: _number(value) for name, _, value in words})
     if settings.slurm:
         raise MaekitError("E-CONFIG-IDLE", "setting slurm", found=f"jobs {settings.jobs}", expected="--jobs slurm")
-    return in_this_process if settings.jobs == 1 else beside
+    return in_this_process if settings.jobs == 1 else beside(settings.jobs)
 
 
 def _number(value: str) -> int | str:

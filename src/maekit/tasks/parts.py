@@ -30,6 +30,7 @@ from maekit.errors import MaekitError
 from maekit.report.files import write_whole
 from maekit.settings import Settings
 from maekit.tasks.protocols import peak_memory
+from maekit.tasks.run_folder import deciding
 from maekit.train.device import resolve_device
 from maekit.train.log import read_metrics
 
@@ -76,16 +77,6 @@ class Part:
     def cost(self) -> dict[str, Any]:
         """Seconds, and peak memory in MiB, as far as they are known."""
         return _read_cost(self.folder)
-
-
-def deciding(chosen: Settings, *, but: Sequence[str] = ("run", "data", "target_from")) -> dict[str, Any]:
-    """Return the settings that change the numbers; what is a path is decided by the part behind it."""
-    fields, values = type(chosen).model_fields, chosen.model_dump(mode="json")
-    return {
-        name: value
-        for name, value in values.items()
-        if (fields[name].json_schema_extra or {}).get("resume") == "same" and name not in but  # type: ignore[union-attr]
-    }
 
 
 def make_part(
@@ -253,19 +244,22 @@ def _file_of(part: Part) -> Path:
     return file
 
 
-def beside(part: Part, slot: int) -> Handle:
-    """Start it in a process of its own, on a GPU of its own where there are several."""
-    file = _file_of(part)
-    environment = os.environ | {"MAEKIT_PART": part.folder.name}
-    if torch.cuda.is_available():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = seen.split(",") if seen else [str(n) for n in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    with file.with_suffix(".log").open("ab") as out:
+def beside(jobs: int) -> Runner:
+    """Return what starts each part in a process of its own: on a GPU of its own, or with its share of the cores."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = seen.split(",") if torch.cuda.is_available() else []
+
+    def start(part: Part, slot: int) -> Handle:
+        file = _file_of(part)
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         command = [sys.executable, "-m", "maekit.tasks.parts", str(file)]
-        return _Process(
-            file, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
-        )
+        with file.with_suffix(".log").open("ab") as out:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
+        return _Process(file, process)
+
+    return start
 
 
 def slurm(folder: Path, parameters: dict[str, Any]) -> Runner:
