@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from maekit.errors import MaekitError
     from maekit.interchange.weights import load_classifier, load_model, save_model
     from maekit.model.mae import MaskedAutoencoder, create_model
+    from maekit.model.variant import Variant
     from maekit.settings import (
         Ablate,
         Compare,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         Reconstruct,
         Retrieve,
         Robustness,
+        Tokenizer,
     )
     from maekit.tasks import Result
     from maekit.tasks.ablate import ablate
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from maekit.tasks.reconstruct import reconstruct
     from maekit.tasks.retrieve import retrieve
     from maekit.tasks.robustness import robustness
+    from maekit.tasks.tokenizer import tokenizer
 
 __version__ = "0.1.0"
 
@@ -80,6 +83,8 @@ __all__ = [
     "Result",
     "Retrieve",
     "Robustness",
+    "Tokenizer",
+    "Variant",
     "__version__",
     "ablate",
     "compare",
@@ -104,12 +109,14 @@ __all__ = [
     "retrieve",
     "robustness",
     "save_model",
+    "tokenizer",
 ]
 
 _HOMES = {
     "maekit.errors": ("MaekitError",),
     "maekit.interchange.weights": ("load_classifier", "load_model", "save_model"),
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
+    "maekit.model.variant": ("Variant",),
     "maekit.settings": (
         "Ablate",
         "Compare",
@@ -131,6 +138,7 @@ _HOMES = {
         "Reconstruct",
         "Retrieve",
         "Robustness",
+        "Tokenizer",
     ),
     "maekit.tasks": ("Result",),
     "maekit.tasks.ablate": ("ablate",),
@@ -152,6 +160,7 @@ _HOMES = {
     "maekit.tasks.reconstruct": ("reconstruct",),
     "maekit.tasks.retrieve": ("retrieve",),
     "maekit.tasks.robustness": ("robustness",),
+    "maekit.tasks.tokenizer": ("tokenizer",),
 }
 
 

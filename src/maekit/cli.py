@@ -70,6 +70,15 @@ VERBS: dict[str, Verb] = {
             "maekit pca --recipe small/pretrain-32 --data my_photos --components 24 --out runs/pca",
         ),
     ),
+    "tokenizer": Verb(
+        settings.Tokenizer,
+        "maekit.tasks.tokenizer",
+        "tokenizer",
+        (
+            "maekit tokenizer --recipe small/pretrain-32 --data my_photos --out runs/tokenizer",
+            "maekit tokenizer --data my_photos --vocabulary 1024 --epochs 50 --out runs/tokenizer",
+        ),
+    ),
     "finetune": Verb(
         settings.Finetune,
         "maekit.tasks.finetune",

@@ -813,3 +813,19 @@ class Pca(Images, Seen):
     patches: int = setting(100_000, "patches to fit on, from images all over the set", ge=2)
     seed: int = setting(0, "seed of images, crops, flips and patches", ge=0, lt=2**63)
     out: Path | None = setting(None, "folder for target.safetensors, pictures and report", resume="free")
+
+
+class Tokenizer(Images, Seen, Loop, Machine):
+    """Train a discrete tokenizer of patches: the target token of pretrain."""
+
+    vocabulary: int = setting(512, "codes to choose from", ge=2, le=65536)
+    val_data: str | None = setting(
+        None, "images to score on; default: DATA/val or DATA/test, otherwise 20 % per class held out by a hash"
+    )
+    out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
+    epochs: float | None = setting(20, "length of the schedule in passes over the data", gt=0)
+    batch_size: int = setting(256, "global batch", ge=1)
+    base_lr: float | None = setting(2e-3, "learning rate per 256 images", gt=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay", ge=0)
+    betas: tuple[Beta, Beta] = setting((0.9, 0.99), "AdamW betas")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "of the convolutions; the codebook is fp32 in any case")  # pyright: ignore[reportIncompatibleVariableOverride]

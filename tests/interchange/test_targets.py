@@ -12,6 +12,7 @@ import torch
 from maekit.errors import MaekitError
 from maekit.interchange.targets import load_target, save_target
 from maekit.model.pca import fit_pca
+from maekit.model.tokenizer import DalleEncoder, VQTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_nothing_else_passes(file: Path, tmp_path: Path) -> None:
 def test_values_that_are_no_numbers_are_named(file: Path, tmp_path: Path) -> None:
     target = load_target(file)
     module = target.module()
-    module.mean[3] = float("inf")
+    module.get_buffer("mean")[3] = float("inf")
     save_target(tmp_path / "t", module, target.spec, "pca", mean=target.mean, std=target.std, fingerprint="")
     with pytest.raises(MaekitError, match="NaN or infinity in mean") as caught:
         load_target(tmp_path / "t")
@@ -92,3 +93,46 @@ def test_other_files_are_refused_with_what_they_should_be(tmp_path: Path) -> Non
         with pytest.raises(MaekitError, match=told) as caught:
             load_target(tmp_path / name)
         assert caught.value.code == code, caught.value
+
+
+def test_a_tokenizer_comes_back_as_it_was(tmp_path: Path) -> None:
+    made = VQTokenizer(16, (8, 12), 4, 3, width=8, blocks=1, code_width=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3))
+    save_target(tmp_path / "t", made, made.spec, "vq", mean=made.mean, std=made.std, fingerprint="f")
+    target = load_target(tmp_path / "t")
+    assert (target.kind, target.name, target.mean) == ("vq", "token", (0.4, 0.5, 0.6))
+    module, images = target.module(), torch.rand(2, 3, 8, 12)
+    assert isinstance(module, VQTokenizer) and not any(p.requires_grad for p in module.parameters())
+    assert torch.equal(module.codes(images), made.eval().codes(images)) and module.grid == (2, 3)
+    for wrong, code, told in (
+        ({"vocabulary": 17}, "E-CKPT-SHAPE", "codebook"),
+        ({"img_size": [8, 13]}, "E-CKPT-FORMAT", "fill the image"),
+        ({"std": [0.2, 0.2, -1.0]}, "E-CKPT-FORMAT", "deviation"),
+        ({"width": 8.5}, "E-CKPT-FORMAT", "width"),
+    ):
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        with pytest.raises(MaekitError, match=told) as caught:
+            load_target(changed(tmp_path / "t", tmp_path / "wrong", {"spec": made.spec | wrong}))
+        assert caught.value.code == code, caught.value
+
+
+def test_a_converted_dvae_is_read_by_its_published_names_in_half_precision_too(tmp_path: Path) -> None:
+    made = DalleEncoder(vocabulary=20, width=8, groups=2, blocks=1)
+    weights = {name: value.half() for name, value in made.state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / "encoder.safetensors")
+    target = load_target(tmp_path / "encoder.safetensors")
+    assert (target.kind, target.name, target.fingerprint, target.spec["vocabulary"]) == ("dalle", "token", "", 20)
+    module = target.module()
+    assert isinstance(module, DalleEncoder) and module.at_grid((4, 4), 3).codes(torch.rand(1, 3, 8, 8)).shape == (1, 16)
+    for name, value, code, told in (
+        ("blocks.group_1.block_1.res_path.conv_2.w", torch.zeros(2, 2, 5, 5), "E-CKPT-SHAPE", "conv_2"),
+        ("blocks.group_2.block_1.res_path.conv_4.b", torch.full((16,), float("nan")), "E-CKPT-NAN", "conv_4.b"),
+        ("blocks.surprise", torch.zeros(1), "E-CKPT-KEYS", "surprise"),
+    ):
+        safetensors.torch.save_file(weights | {name: value}, tmp_path / "wrong.safetensors")
+        with pytest.raises(MaekitError, match=told) as caught:
+            load_target(tmp_path / "wrong.safetensors")
+        assert caught.value.code == code, caught.value
+    del weights["blocks.output.conv.w"]
+    safetensors.torch.save_file(weights, tmp_path / "wrong.safetensors")
+    with pytest.raises(MaekitError, match=r"blocks\.output\.conv\.w"):
+        load_target(tmp_path / "wrong.safetensors")

@@ -334,7 +334,7 @@ def test_a_target_of_other_patches_is_refused(build: Build, target: str, spec: A
 def test_class_tokens_are_as_many_as_asked_for_and_timm_reads_them(build: Build, count: int) -> None:
     model = build(variant={"class_tokens": count})
     assert model.encoder.num_prefix_tokens == count and model.encoder.has_class_token == (count > 0)
-    theirs = timm.create_model(
+    theirs: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0,
         class_token=count > 0, reg_tokens=max(0, count - 1), global_pool="token" if count else "",
     )  # fmt: skip

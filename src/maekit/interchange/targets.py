@@ -26,12 +26,13 @@ from maekit.errors import MaekitError, clean
 from maekit.interchange.files import Tensors
 from maekit.interchange.reading import check
 from maekit.model.pca import PatchPCA
+from maekit.model.tokenizer import DalleEncoder, VQTokenizer, create_tokenizer
 from maekit.settings import FORMAT
 from maekit.train.checkpoint import state_sha256
 
 FILE = "target.safetensors"
 READABLE = "a folder that maekit pca or maekit tokenizer wrote, or a dVAE's encoder in safetensors"
-Kind = Literal["pca"]
+Kind = Literal["pca", "vq"]
 Count = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -46,6 +47,21 @@ class PcaSpec(_Spec):
     values: Count
     patch: Count
     channels: Count
+
+
+class VQSpec(_Spec):
+    """Arguments of `VQTokenizer`."""
+
+    kind: Literal["vq"]
+    vocabulary: Count
+    img_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    patch: Count
+    channels: Count
+    width: Count
+    blocks: Annotated[int, Field(ge=0, le=1024)]
+    code_width: Count
+    mean: list[float]
+    std: list[float]
 
 
 class Header(_Spec):
@@ -66,12 +82,12 @@ class Target:
 
     Attributes:
         path: of the file.
-        kind: "pca".
+        kind: "pca" | "vq" | "dalle".
         spec: JSON-able arguments of its module.
         tensors: state dict of its module, float32.
-        mean: of each channel, in units of 0..1, that pixels were normalised with.
+        mean: of each channel, in units of 0..1, that pixels were normalised with; of "dalle" empty.
         std: of each channel.
-        fingerprint: of the images it was fitted on (`maekit.data.source.Source.fingerprint`).
+        fingerprint: of the images it was made from (`maekit.data.source.Source.fingerprint`); of "dalle" "".
     """
 
     path: Path
@@ -84,14 +100,18 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The setting ``target`` that it serves: "pca"."""
-        return "pca"
+        """The setting ``target`` that it serves: "pca" | "token"."""
+        return "pca" if self.kind == "pca" else "token"
 
-    def module(self) -> PatchPCA:
-        """Build it, in eval mode."""
-        module = PatchPCA(**self.spec)
+    def module(self) -> PatchPCA | VQTokenizer | DalleEncoder:
+        """Build it, frozen, in eval mode."""
+        module = _build(self.kind, self.spec)
         module.load_state_dict(self.tensors)
-        return module.eval()
+        return module.eval().requires_grad_(False)
+
+
+def _build(kind: str, spec: dict[str, Any]) -> PatchPCA | VQTokenizer | DalleEncoder:
+    return PatchPCA(**spec) if kind == "pca" else create_tokenizer(spec)
 
 
 def save_target(
@@ -113,14 +133,11 @@ def save_target(
         MaekitError: E-ENV-DISK if the disk is full, E-ENV-OUT if the place cannot be written.
     """
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in module.state_dict().items()}
-    header = {
-        "format": FORMAT, "kind": kind, "spec": spec, "mean": list(mean), "std": list(std),
-        "fingerprint": fingerprint, "sha256": _digest(tensors),
-    }  # fmt: skip
+    header = header_of(spec, kind, mean=mean, std=std, fingerprint=fingerprint, sha256=_digest(tensors))
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(safetensors.torch.save(tensors, {"maekit": json.dumps(header)}))
+        temporary.write_bytes(safetensors.torch.save(tensors, header))
         os.replace(temporary, path)
     except OSError as error:
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
@@ -128,6 +145,16 @@ def save_target(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def header_of(
+    spec: dict[str, Any], kind: Kind, *, mean: Sequence[float], std: Sequence[float], fingerprint: str, sha256: str = ""
+) -> dict[str, str]:
+    """Return the safetensors metadata of a target; arguments as `save_target`."""
+    header = Header(
+        format=FORMAT, kind=kind, spec=spec, mean=list(mean), std=list(std), fingerprint=fingerprint, sha256=sha256
+    )
+    return {"maekit": header.model_dump_json()}
 
 
 def load_target(path: str | Path) -> Target:
@@ -139,18 +166,30 @@ def load_target(path: str | Path) -> Target:
     """
     file = _file(Path(path))
     tensors, metadata = _read(file)
+    if "maekit" not in metadata and "blocks.input.w" in tensors:
+        return _dalle(file, {name: value.float() for name, value in tensors.items()})
     header = _header(file, metadata)
     if header.sha256 != _digest(tensors):
         raise MaekitError(
             "E-CKPT-DAMAGED", f"{file}", found="other values than were written (SHA-256)", hint="another copy of it"
         )
-    with torch.device("meta"):
-        try:
-            expected = PatchPCA(**header.spec).state_dict()
-        except MaekitError as error:
-            raise MaekitError("E-CKPT-FORMAT", f"{file}", found=error.args[0], expected=READABLE) from error
-    check(file, tensors, expected, "the target that it names")
+    check(file, tensors, _expected(file, header.kind, header.spec), "the target that it names")
     return Target(file, header.kind, header.spec, tensors, tuple(header.mean), tuple(header.std), header.fingerprint)
+
+
+def _dalle(file: Path, tensors: Tensors) -> Target:
+    spec = DalleEncoder.spec_of(tensors)
+    check(file, tensors, _expected(file, "dalle", spec), "a dVAE's encoder of its widths")
+    return Target(file, "dalle", spec, tensors, (), (), "")
+
+
+def _expected(file: Path, kind: str, spec: dict[str, Any]) -> Tensors:
+    """Return names, shapes and types of a target's module, without memory."""
+    try:
+        with torch.device("meta"):
+            return _build(kind, spec).state_dict()
+    except MaekitError as error:
+        raise MaekitError("E-CKPT-FORMAT", f"{file}", found=error.args[0], expected=READABLE) from error
 
 
 def _file(path: Path) -> Path:
@@ -188,8 +227,9 @@ def _header(file: Path, metadata: dict[str, str]) -> Header:
                 hint="a newer maekit",
             )  # fmt: skip
         header = Header.model_validate(found)
-        PcaSpec.model_validate(header.spec)
-        if not len(header.mean) == len(header.std) == header.spec["channels"] or min(header.std) <= 0:
+        (PcaSpec if header.kind == "pca" else VQSpec).model_validate(header.spec)
+        pairs = [(header.mean, header.std), (header.spec.get("mean", header.mean), header.spec.get("std", header.std))]
+        if any(not len(mean) == len(std) == header.spec["channels"] or min(std) <= 0 for mean, std in pairs):
             raise ValueError("not one mean and one positive deviation for each channel")
     except MaekitError:
         raise

@@ -25,7 +25,7 @@ from maekit.errors import MaekitError
 
 Pair = tuple[int, int]
 
-WIDTH, BLOCKS, CODE_WIDTH = 128, 2, 16
+WIDTH, BLOCKS, CODE_WIDTH = 96, 2, 16
 """Of the trained tokenizer: channels, residual blocks in encoder and in decoder, dimensions of a code."""
 DECAY = 0.99
 """Of the running means that codes follow (arXiv 1711.00937 appendix A.1)."""
@@ -356,7 +356,7 @@ class DalleEncoder(nn.Module):
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
-        """Return the likeliest code (B, N) int64 of each place of images (B, C, H, W) in 0..1, resized first."""
+        """Return the likeliest code (B, N) int64 of each place of images (B, C, H, W) in 0..1, resized for the grid."""
         assert self.grid is not None, "at_grid first"
         with torch.autocast(images.device.type, enabled=False):
             size = (self.grid[0] * self.stride, self.grid[1] * self.stride)

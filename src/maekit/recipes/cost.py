@@ -59,8 +59,13 @@ def encoder_macs(settings: Pretrain | Finetune) -> float:
     return shape.patches * shape.values * shape.width + blocks(1 + shape.patches, shape.width, shape.depth)
 
 
-def pretraining_macs(settings: Pretrain) -> tuple[float, float]:
-    """Return the multiplications of encoder and decoder on one image of pre-training, forward."""
+def pretraining_macs(settings: Pretrain, vocabulary: int = 8192) -> tuple[float, float]:
+    """Return the multiplications of encoder and decoder on one image of pre-training, forward.
+
+    Args:
+        settings: of the pre-training.
+        vocabulary: codes of the tokenizer where the target is token.
+    """
     shape = encoder_shape(settings)
     unit = settings.mask_unit**2
     kept = int(shape.patches // unit * (1 - settings.mask_ratio) + 1e-6) * unit
@@ -69,7 +74,7 @@ def pretraining_macs(settings: Pretrain) -> tuple[float, float]:
     encoder = kept * shape.values * shape.width + blocks(1 + seen, shape.width, shape.depth)
     predicted = {"masked": shape.patches - kept, "visible": kept, "all": shape.patches}[settings.loss_on]
     predicted = shape.patches if settings.mask_kind == "none" else predicted
-    outputs = {"pca": 96, "token": 8192}.get(settings.target, shape.values)
+    outputs = {"pca": min(96, shape.values // 2), "token": vocabulary}.get(settings.target, shape.values)
     if settings.decoder_depth == 0:
         return encoder, float(predicted * shape.width * outputs)
     decoder = (1 + seen) * shape.width * settings.decoder_dim + predicted * settings.decoder_dim * outputs

@@ -29,6 +29,7 @@ class Scale:
         pretrain: of the pre-training, beside geometry and encoder.
         finetune: of the fine-tuning.
         scratch: what training from scratch has otherwise.
+        tokenizer: of the tokenizer, where a target needs one.
         labels: part of the labels unless another is asked for.
     """
 
@@ -37,6 +38,7 @@ class Scale:
     pretrain: Mapping[str, Any]
     finetune: Mapping[str, Any]
     scratch: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
     labels: str | None = "10%"
 
 
@@ -56,6 +58,7 @@ SCALES: dict[str, Scale] = {
         _PRETRAIN | {"steps": 2000, "batch_size": 256, "base_lr": 1e-3},
         _FINETUNE | {"steps": 600},
         {"layer_decay": 1.0},
+        {"steps": 2000},
     ),
     "tiny": Scale(
         "images of 32 px (28 where they are smaller), an encoder 96 wide with 4 blocks, a decoder 64 wide with 2, "
@@ -64,6 +67,7 @@ SCALES: dict[str, Scale] = {
         _PRETRAIN | {"steps": 800, "batch_size": 128, "base_lr": 2e-3},
         _FINETUNE | {"steps": 200},
         {"layer_decay": 1.0},
+        {"steps": 800},
     ),
 }
 """Chosen for this package: a row of "tiny" is minutes of a CPU core, one of "small" tens of minutes."""
@@ -83,6 +87,7 @@ class Plan:
         pretrain: settings of the pre-training; None: from scratch.
         finetune: of the fine-tuning.
         probe: of the linear probe; None where the table has none.
+        tokenizer: of the tokenizer, where the target is token.
         absent: why the row cannot be run at this scale; the rest is empty then.
     """
 
@@ -90,6 +95,7 @@ class Plan:
     pretrain: dict[str, Any] | None = None
     finetune: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] = field(default_factory=dict)
     absent: str = ""
 
 
@@ -122,6 +128,7 @@ def plan(
             None if row.pretrain is None else _decided(pretrain_recipe(table, row).settings, changes),
             _decided(finetune_recipe(table, row).settings, tuned),
             _decided(probe_recipe(row).settings) if with_probe else None,
+            {"vocabulary": 8192},  # as DALL-E's dVAE, whose tokens are the paper's
         )
     chosen = SCALES[scale]
     base = _base(table, row, chosen, side, channels, changes)
@@ -137,7 +144,8 @@ def plan(
         names = ("model", "img_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
         fine = {name: values[name] for name in names if name in values} | fine | {"from_scratch": True}
     label = _label(table, row, values, base)
-    return Plan(label, None if row.pretrain is None else values, fine, {"pool": "mean"} if with_probe else None)
+    probe = {"pool": "mean"} if with_probe else None
+    return Plan(label, None if row.pretrain is None else values, fine, probe, dict(chosen.tokenizer))
 
 
 def default_of(table: Table, scale: str) -> str:

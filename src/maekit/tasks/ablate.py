@@ -254,6 +254,7 @@ def _parts(
             kind = getattr(declared, verb.capitalize())
             same = {name: getattr(wanted, name) for name in kind.takes_only} | shared
             same = {name: value for name, value in same.items() if name in kind.model_fields}
+            same |= chosen.tokenizer if verb == "tokenizer" else {}
             fitted = (add(verb, kind, same | {"seed": settings.seed}, (), 0.0),)  # once for all seeds
             chosen_target = {"target": chosen.pretrain["target"], "target_from": fitted[0].folder}
         else:

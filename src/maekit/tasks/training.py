@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,7 +19,6 @@ from maekit.data.masks import Masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
-from maekit.model.mae import MaskedAutoencoder
 from maekit.settings import Images, Loop, Seen, Settings
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, deviating, same_data
@@ -31,6 +30,20 @@ log = logging.getLogger("maekit")
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 PATCHES_PER_PASS = 64 * 196
 """Patches of one pass when micro_batch is auto: 64 images of 224 px, as the paper's 64 per GPU."""
+
+
+class Prepared(Protocol):
+    """What `prepare` needs of a model that trains on images (`maekit.model.mae.MaskedAutoencoder`)."""
+
+    mean: tuple[float, ...]
+    spec: dict[str, Any]
+    num_patches: int
+    encoder: Any
+    """Has ``embed_dim``."""
+
+    def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Say what images are normalised with."""
+        ...
 
 
 def spread(settings: Any, task: Callable[..., Result], *args: Any) -> Result | None:
@@ -51,7 +64,7 @@ def prepare(
     loop: Loop,
     source: Source,
     world: World,
-    model: MaskedAutoencoder,
+    model: Prepared,
     *,
     statistics: Statistics | None = None,
     classes: list[str] | None = None,
