@@ -132,11 +132,14 @@ def test_a_stop_leaves_75_and_what_is_done(
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(maekit: Run, classes: Path, tmp_path: Path) -> None:
-    found = maekit(*words(classes, tmp_path, "--dry-run"))
+    line = words(classes, tmp_path, "--dry-run", "--rows", "pca,token", "--seeds", 2)
+    line[1] = "table1d"
+    found = maekit(*line)
     assert found.code == 0, found.stderr
     assert not any(tmp_path.iterdir())
     plain = found.json
-    assert plain["runs"] == 6 and plain["flops"] > 0 and plain["seconds"] > 0 and plain["disk_mib"] > 0
+    assert plain["uncounted"] == ["pca", "tokenizer"]  # fitted once for both seeds
+    assert plain["runs"] == 2 * 2 * 3 + 2 and plain["flops"] > 0 and plain["seconds"] > 0 and plain["disk_mib"] > 0
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ def planned(metrics: dict[str, Any]) -> str:
         f"{metrics['title']}, scale {metrics['scale']}, {metrics['seeds']} seeds, {metrics['train_images']:,} images"
     ]
     lines += aligned([headers, *cells]) + _notes(metrics)
+    lines += [f"Not counted: {', '.join(metrics['uncounted'])}."] if metrics["uncounted"] else []
     lines += [
         f"{metrics['runs']} runs, {metrics['done']} of them done already; what rows share is done once.",
         f"left: {metrics['flops'] / 1e15:.3g} PFLOPs, about {_duration(metrics['seconds'])} on {metrics['device']} at "

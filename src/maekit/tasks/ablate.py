@@ -43,6 +43,7 @@ log = logging.getLogger("maekit")
 
 TRY_SECONDS = 10.0
 """Of the steps that ``--dry-run`` times, after one that is not counted."""
+VOCABULARY: int = declared.Tokenizer.model_fields["vocabulary"].default
 FITTED = {"pca": "pca", "token": "tokenizer"}
 """Target -> the verb that fits what it needs."""
 OF_THE_COMMAND = ("data", "image_column", "label_column", "workers", "val_data", "labels", "label_seed", "device",
@@ -215,9 +216,6 @@ def _impossible(settings: Ablate, chosen: Plan, channels: int | None) -> str:
             model = new_model(wanted, channels or wanted.channels or 3)
         if wanted.mask_kind != "none":
             check_masking(wanted.mask_kind, model.grid, wanted.mask_ratio, wanted.mask_unit)
-        verb = FITTED.get(chosen.pretrain["target"])
-        if verb is not None and not hasattr(declared, verb.capitalize()):
-            return f"its target needs `maekit {verb}`, which is not there"
     except MaekitError as error:
         return str(error.args[0])
     return ""
@@ -259,7 +257,8 @@ def _parts(
             chosen_target = {"target": chosen.pretrain["target"], "target_from": fitted[0].folder}
         else:
             chosen_target = {}
-        flops = 6.0 * sum(cost.pretraining_macs(wanted)) * _seen(wanted, images)
+        real = wanted.model_copy(update={"target": chosen.pretrain["target"]})
+        flops = 6.0 * _macs(real, chosen) * _seen(wanted, images)
         first = (add("pretrain", Pretrain, chosen.pretrain | seeded | chosen_target, fitted, flops),)
         run, macs = {"run": first[0].folder}, cost.encoder_macs(wanted)
     if chosen.probe is not None:
@@ -270,6 +269,11 @@ def _parts(
     add("finetune", Finetune, chosen.finetune | seeded | of_labels | run, first,
         6 * macs * _seen(tuned, labelled) + 2 * macs * scored)  # fmt: skip
     return found
+
+
+def _macs(wanted: Pretrain, chosen: Plan) -> float:
+    """Return the multiplications of one image of a row's pre-training."""
+    return sum(cost.pretraining_macs(wanted, chosen.tokenizer.get("vocabulary", VOCABULARY)))
 
 
 def _seen(chosen: Any, images: int) -> float:
@@ -455,7 +459,7 @@ def _per_image(line: Line) -> float | None:
         return None
     chosen = line.runs[0][_main_verb(line)].settings
     if isinstance(chosen, Pretrain):
-        return 6e-9 * sum(cost.pretraining_macs(chosen))
+        return 6e-9 * _macs(chosen, line.plan)
     assert isinstance(chosen, Finetune)
     return 6e-9 * cost.encoder_macs(chosen)
 
@@ -490,6 +494,7 @@ def _dry(settings: Ablate, table: Table, lines: list[Line], train: Source) -> Re
         "table": table.name, "title": table.title, "scale": settings.scale, "rows": rows, "seeds": settings.seeds,
         "runs": len(parts), "done": len(parts) - len(left), "flops": sum(part.flops for part in left),
         "flops_per_second": rate, "seconds": sum(part.flops for part in left) / rate / max(1, jobs),
+        "uncounted": sorted({part.verb for part in left if not part.flops}),
         "disk_mib": sum(_disk(part) for part in left) / 2**20, "timed": base.row.name,
         "device": str(resolve_device(settings.device)), "train_images": len(train),
     }  # fmt: skip
