@@ -277,13 +277,9 @@ class Loop(Settings):
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
 
 
-class Pretrain(Images, Size, Statistics, Autoencoder, Masks, Loop, Machine):
-    """Pre-train a masked autoencoder on unlabelled images."""
+class Views(Settings):
+    """Views"""
 
-    out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
-    init: Path | None = setting(None, "start from these weights (decoder too if it is there)")
-    epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
-    base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
     crop: Literal["random", "fixed", "centre"] = setting(
         "random", "random: size and place; fixed: place only, after a resize; centre (paper Table 1e)"
     )
@@ -292,6 +288,15 @@ class Pretrain(Images, Size, Statistics, Autoencoder, Masks, Loop, Machine):
     color_jitter: float = setting(
         0.0, "brightness, contrast, saturation by 1 - this to 1 + this (paper Table 1e: + color jit)", ge=0, le=1
     )
+
+
+class Pretrain(Images, Size, Views, Statistics, Autoencoder, Masks, Loop, Machine):
+    """Pre-train a masked autoencoder on unlabelled images."""
+
+    out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
+    init: Path | None = setting(None, "start from these weights (decoder too if it is there)")
+    epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
+    base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
     checkpointing: bool = setting(
         False, "compute activations twice to save memory: encoder and decoder blocks", resume="free"
@@ -790,18 +795,17 @@ class Quickstart(Images, Size, Machine):
     out: Path | None = setting(None, "folder for runs and report; default: runs/quickstart")
 
 
-class Seen(Size, Statistics):
+class Seen(Size, Views, Statistics):
     """What pre-training sees"""
 
     takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
     takes_only: ClassVar[tuple[str, ...]] = (
-        "data", "image_column", "img_size", "channels", "stats", "model", "patch_size", "crop_scale", "flip",
+        "data", "image_column", "img_size", "channels", "stats", "model", "patch_size", "crop", "crop_scale", "flip",
+        "color_jitter",
     )  # fmt: skip
 
     model: str = setting("vit_base_patch16_224", "encoder to be pre-trained: its patch side where none is said")
     patch_size: int | None = setting(None, "patch side in pixels; default: the model's own", ge=1)
-    crop_scale: Shares = setting((0.2, 1.0), "area range of the random crop (OFF); 1 1: whole image")
-    flip: bool = setting(True, "mirror half of the images (T8)")
 
 
 class Pca(Images, Seen):

@@ -136,7 +136,7 @@ def test_a_recipe_of_pretraining_gives_the_size_and_not_the_schedule() -> None:
 
 
 def test_measures_by_hand() -> None:
-    judged = Judged(torch.tensor([5, 5, 0, 0]), 0.1, 0.2, [])
+    judged = Judged(torch.tensor([5, 5, 0, 0]), torch.zeros(4, 12), 0.1, 0.2, [])
     assert judged.perplexity == pytest.approx(2) and judged.usage == 0.5
     images = torch.tensor([[[[0.0, 1.0], [0.5, 0.5]]]])
     assert float(flat_error(images, 2).sum()) == pytest.approx(0.5)

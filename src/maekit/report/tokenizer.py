@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from maekit.config import load_yaml
-from maekit.model.patches import patchify
+from maekit.model.patches import patchify, unpatchify
 from maekit.model.tokenizer import VQTokenizer
 from maekit.report.grids import captioned_grid, reconstruction_grid, shown_channels, write_png
 from maekit.report.page import Cell, Figure, Section, write_report
@@ -22,7 +22,10 @@ from maekit.train.log import clock, read_metrics
 PICTURES = 10
 """Images in the grid, in two rows under each other."""
 CODES = 64
-"""Codes in the picture, the most used ones."""
+"""Codes in the picture."""
+CODES_TOLD = (
+    "Mean of the held-out patches of a code, and its share of all: codes evenly from the most to the least used."
+)
 POINTS = 80
 """Of the curve of use."""
 
@@ -33,12 +36,14 @@ class Judged:
 
     Attributes:
         counts: (V,) patches of each code.
+        patches: (V, P*P*C) mean of them, values 0..1; 0 where there are none.
         mse: of the reconstruction, values 0..1.
         flat_mse: of patches that are given their mean colour.
         pictures: (image, reconstruction), each (C, H, W), of some.
     """
 
     counts: Tensor
+    patches: Tensor
     mse: float
     flat_mse: float
     pictures: list[tuple[Tensor, Tensor]]
@@ -78,7 +83,7 @@ def tokenizer_report(run: Path, model: VQTokenizer, judged: Judged, metrics: Map
     """
     config = load_yaml(run / "config.yaml")
     records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    pictures, codes = _reconstructions(judged), _codes(model, judged.counts)
+    pictures, codes = _reconstructions(judged), _codes(judged, model.spec["patch"])
     write_png(run / "reconstructions.png", pictures)
     write_png(run / "codes.png", codes)
     drawn = curves(records)
@@ -96,9 +101,7 @@ def tokenizer_report(run: Path, model: VQTokenizer, judged: Judged, metrics: Map
             Section("What was found", facts=_facts(config, model, metrics, records)),
             Section("Images given back", figures=[Figure(pictures, told.strip())]),
             Section("Use of the codes", figures=[Figure(_use(judged.counts), _use_told(judged, model.vocabulary))]),
-            Section(
-                "What codes stand for", figures=[Figure(codes, "An image of one code alone; share of all patches.")]
-            ),
+            Section("What codes stand for", figures=[Figure(codes, CODES_TOLD)]),
             *([Section("Curves", figures=[Figure(drawn, "Loss, learning rate and scores.")])] if drawn else []),
             Section("What next", commands=[f"maekit pretrain --data DATA --target token --target-from {run}"]),
             Section("Configuration", details={"config.yaml": (run / "config.yaml").read_text("utf-8").rstrip()}),
@@ -136,16 +139,15 @@ def _reconstructions(judged: Judged) -> Image.Image:
     return reconstruction_grid(rows, [""] * len(shown), ["image", "from its codes"], max_side=110)
 
 
-@torch.no_grad()
-def _codes(model: VQTokenizer, counts: Tensor) -> Image.Image:
-    """Return the middle patch of images of one code each, the most used codes first."""
-    order = counts.argsort(descending=True, stable=True)[:CODES]
-    device = next(model.parameters()).device
-    images = model.decode(order[:, None].expand(-1, model.num_patches).to(device)).cpu()
-    patch, (rows, columns) = model.spec["patch"], model.grid
-    y, x = rows // 2 * patch, columns // 2 * patch
+def _codes(judged: Judged, patch: int) -> Image.Image:
+    """Return the mean patch of `CODES` codes that occur, from the most used to the least."""
+    counts = judged.counts
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    order = order[[i * len(order) // min(CODES, len(order)) for i in range(min(CODES, len(order)))]]
     captions = [f"{100 * float(counts[i]) / float(counts.sum()):.2g} %" for i in order]
-    return captioned_grid(list(images[:, :, y : y + patch, x : x + patch]), captions, columns=8, max_side=64)
+    return captioned_grid(
+        list(unpatchify(judged.patches[order][:, None], patch, (1, 1))), captions, columns=8, max_side=64
+    )
 
 
 def _use(counts: Tensor) -> str:

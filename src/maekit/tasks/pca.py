@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maekit.data.augment import PretrainView
 from maekit.data.loader import Loader
 from maekit.data.sources import Source
 from maekit.interchange.targets import FILE, save_target
@@ -30,6 +29,7 @@ from maekit.tasks.training import (
     number_of_workers,
     patch_of,
     published,
+    seen_as,
     unlabelled,
 )
 
@@ -63,6 +63,7 @@ def pca(settings: Pca | dict[str, Any], dataset: Any = None) -> Result:
 
 def _fit(settings: Pca, source: Source, run: Run) -> Result:
     channels = channels_of(source, settings.channels)
+    view = seen_as(settings, settings.img_size, channels)
     patch, grid = patch_of(settings)
     values = patch * patch * channels
     components = min(COMPONENTS, max(1, values // 2)) if settings.components is None else settings.components
@@ -75,7 +76,7 @@ def _fit(settings: Pca, source: Source, run: Run) -> Result:
     resolved = Resolved(images=len(source), fingerprint=fingerprint, mean=mean, std=std, deviations=deviating(settings))
     loader = Loader(
         source,
-        PretrainView(settings.img_size, settings.crop_scale, settings.flip),
+        view,
         batch_size=IMAGES,
         micro_batch=IMAGES,
         mean=mean,

@@ -4,13 +4,12 @@ import logging
 from dataclasses import fields
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from maekit.data.augment import EvalView, PretrainView, default_crop_pct
+from maekit.data.augment import EvalView, default_crop_pct
 from maekit.data.loader import Batch, Loader
 from maekit.data.masks import Masks, open_masks
-from maekit.data.sources import DatasetSource, Source, open_source
+from maekit.data.sources import Source
 from maekit.errors import MaekitError
 from maekit.interchange.targets import Target, load_target
 from maekit.interchange.weights import as_model, metadata, read_weights, save_encoder
@@ -23,7 +22,18 @@ from maekit.seeds import seed_all
 from maekit.settings import Pretrain
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
-from maekit.tasks.training import Statistics, channels_of, default_out, prepare, say_what_runs, spread, train_loader
+from maekit.tasks.training import (
+    Statistics,
+    channels_of,
+    default_out,
+    prepare,
+    published,
+    say_what_runs,
+    seen_as,
+    spread,
+    train_loader,
+    unlabelled,
+)
 from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
 from maekit.train.loop import Plan, fit
@@ -51,17 +61,7 @@ def pretrain(settings: Pretrain | dict[str, Any], dataset: Any = None) -> Result
         return result
     with world(settings.device) as here:
         run = open_run(settings.out or default_out("pretrain", settings.data), "pretrain", settings)
-        return carry_out(run, lambda: _train(settings, _source(settings, dataset), run, here))
-
-
-def _source(settings: Pretrain, dataset: Any) -> Source:
-    if dataset is not None:
-        return dataset if isinstance(dataset, Source) else DatasetSource(dataset, channels=settings.channels or 3)
-    if settings.data is None:
-        raise MaekitError("E-USAGE-DATA", "no images named", hint="--data FOLDER, or --data builtin:fashion")
-    return open_source(
-        settings.data, "train-or-all", image_column=settings.image_column, label_column=settings.label_column
-    )
+        return carry_out(run, lambda: _train(settings, unlabelled(settings, dataset, settings.channels), run, here))
 
 
 def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
@@ -70,7 +70,8 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     model = new_model(settings, channels, goal)
     _check(settings, model)  # refused before anything is read or written
     masks = _masks(settings, source, model)
-    statistics = _statistics(settings, channels)
+    view = seen_as(settings, settings.img_size, channels)
+    statistics = published(settings.stats, channels)
     if goal is not None and goal.kind == "pca":
         statistics = _same_images(goal, source, statistics)
     if settings.init is not None:
@@ -80,7 +81,6 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     model.to(here.device).train()
     model.set_checkpointing(settings.checkpointing)
 
-    view = PretrainView(settings.img_size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter)
     loader = train_loader(
         source, view, settings, resolved, here, run,
         size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches, masks=masks,
@@ -276,7 +276,7 @@ def _check(settings: Pretrain, model: MaskedAutoencoder) -> None:
     """Refuse settings that do not fit together, before anything is read or written.
 
     Raises:
-        MaekitError: E-CONFIG-MASK, E-CONFIG-DECODER, E-CONFIG-AUGMENT.
+        MaekitError: E-CONFIG-MASK, E-CONFIG-DECODER.
     """
     kind, low, high = settings.mask_kind, settings.mask_ratio, settings.mask_ratio_max
     if kind != "none":
@@ -306,18 +306,3 @@ def _check(settings: Pretrain, model: MaskedAutoencoder) -> None:
     for is_wrong, found, expected, hint in wrong:
         if is_wrong:
             raise MaekitError("E-CONFIG-MASK", "masks", found=found, expected=expected, hint=hint)
-    if settings.color_jitter and len(model.mean) not in (1, 3):
-        raise MaekitError(
-            "E-CONFIG-AUGMENT", "setting color_jitter", found=f"images of {len(model.mean)} channels",
-            expected="1 or 3 channels: it works on pictures", hint="--color-jitter 0",
-        )  # fmt: skip
-
-
-def _statistics(settings: Pretrain, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    if settings.stats == "dataset":
-        return None
-    if channels != 3:
-        raise MaekitError(
-            "E-CONFIG-STATS", "setting stats", found=f"imagenet for {channels} channels", hint="--stats dataset"
-        )
-    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

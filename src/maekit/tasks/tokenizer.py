@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maekit.data.augment import EvalView, PretrainView, default_crop_pct
+from maekit.data.augment import EvalView, default_crop_pct
 from maekit.data.loader import Batch, Loader
 from maekit.data.sources import Source, hold_out, open_source, parts_of
 from maekit.errors import MaekitError
 from maekit.interchange.targets import FILE, header_of, save_target
+from maekit.model.patches import patchify
 from maekit.model.tokenizer import VQTokenizer
 from maekit.report.tokenizer import Judged, flat_error, tokenizer_report
 from maekit.report.views import psnr
@@ -34,6 +35,7 @@ from maekit.tasks.training import (
     prepare,
     published,
     say_what_runs,
+    seen_as,
     train_loader,
     unlabelled,
 )
@@ -85,6 +87,7 @@ def _refuse(settings: Tokenizer) -> None:
 
 def _train(settings: Tokenizer, source: Source, run: Run, here: World) -> Result:
     channels = channels_of(source, settings.channels)
+    view = seen_as(settings, settings.img_size, channels)
     patch, _ = patch_of(settings)
     seed_all(settings.seed)
     model = VQTokenizer(settings.vocabulary, settings.img_size, patch, channels)
@@ -95,7 +98,7 @@ def _train(settings: Tokenizer, source: Source, run: Run, here: World) -> Result
     model.to(here.device).train()
 
     loader = train_loader(
-        to_train, PretrainView(settings.img_size, settings.crop_scale, settings.flip), settings, resolved, here, run,
+        to_train, view, settings, resolved, here, run,
         size=settings.img_size, seed=settings.seed, workers=settings.workers,
     )  # fmt: skip
     plan = _plan(settings, loader, model, resolved.fingerprint)
@@ -170,17 +173,20 @@ def _plan(settings: Tokenizer, loader: Loader, model: VQTokenizer, fingerprint: 
 def _judge(model: VQTokenizer, loader: Loader) -> Judged:
     """Encode and decode held-out images; the first few stay as pictures."""
     counts = torch.zeros(model.vocabulary, dtype=torch.long)
+    patch = model.spec["patch"]
+    sums = torch.zeros(model.vocabulary, patch * patch * model.channels)
     errors, flat, seen, pictures = 0.0, 0.0, 0, []
     for batch in loader.sweep():
         images = batch["images"]
         codes = model.codes(images)
         back = model.decode(codes)
         counts += torch.bincount(codes.flatten().cpu(), minlength=model.vocabulary)
+        sums.index_add_(0, codes.flatten().cpu(), patchify(images, patch).flatten(0, 1).cpu())
         errors += float((back - images).square().double().sum())
-        flat += float(flat_error(images, model.spec["patch"]).double().sum())
+        flat += float(flat_error(images, patch).double().sum())
         seen += images.numel()
         pictures += [] if pictures else list(zip(images.cpu(), back.cpu(), strict=True))
-    return Judged(counts, errors / seen, flat / seen, pictures)
+    return Judged(counts, sums / counts.clamp_min(1)[:, None], errors / seen, flat / seen, pictures)
 
 
 def _told(metrics: dict[str, Any]) -> str:

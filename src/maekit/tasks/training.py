@@ -12,6 +12,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from maekit.data.augment import PretrainView
 from maekit.data.check import check
 from maekit.data.image import read_image, sniff
 from maekit.data.loader import Loader, View, auto_workers, steps_per_epoch
@@ -19,7 +20,7 @@ from maekit.data.masks import Masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
-from maekit.settings import Images, Loop, Seen, Settings
+from maekit.settings import Images, Loop, Seen, Settings, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, deviating, same_data
 from maekit.train.device import World, check_compiler, launch, resolve_precision
@@ -167,6 +168,20 @@ def unlabelled(settings: Images, dataset: Any, channels: int | None) -> Source:
     return open_source(
         settings.data, "train-or-all", image_column=settings.image_column, label_column=settings.label_column
     )
+
+
+def seen_as(settings: Views, size: tuple[int, int], channels: int) -> PretrainView:
+    """Return the views of pre-training.
+
+    Raises:
+        MaekitError: E-CONFIG-AUGMENT for colour jitter of images that are no pictures.
+    """
+    if settings.color_jitter and channels not in (1, 3):
+        raise MaekitError(
+            "E-CONFIG-AUGMENT", "setting color_jitter", found=f"images of {channels} channels",
+            expected="1 or 3 channels: it works on pictures", hint="--color-jitter 0",
+        )  # fmt: skip
+    return PretrainView(size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter)
 
 
 def patch_of(settings: Seen) -> tuple[int, tuple[int, int]]:
