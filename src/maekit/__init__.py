@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from maekit.model.mae import MaskedAutoencoder, create_model
     from maekit.model.variant import Variant
     from maekit.settings import (
+        Ablate,
         Compare,
         Convert,
         Data,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         Tokenizer,
     )
     from maekit.tasks import Result
+    from maekit.tasks.ablate import ablate
     from maekit.tasks.compare import compare
     from maekit.tasks.convert import convert
     from maekit.tasks.doctor import doctor
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablate",
     "Compare",
     "Convert",
     "Data",
@@ -86,6 +89,7 @@ __all__ = [
     "Tokenizer",
     "Variant",
     "__version__",
+    "ablate",
     "compare",
     "convert",
     "create_model",
@@ -118,6 +122,7 @@ _HOMES = {
     "maekit.model.mae": ("MaskedAutoencoder", "create_model"),
     "maekit.model.variant": ("Variant",),
     "maekit.settings": (
+        "Ablate",
         "Compare",
         "Convert",
         "Data",
@@ -141,6 +146,7 @@ _HOMES = {
         "Tokenizer",
     ),
     "maekit.tasks": ("Result",),
+    "maekit.tasks.ablate": ("ablate",),
     "maekit.tasks.compare": ("compare",),
     "maekit.tasks.convert": ("convert",),
     "maekit.tasks.doctor": ("doctor",),

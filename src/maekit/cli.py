@@ -27,6 +27,7 @@ from pydantic.fields import FieldInfo
 
 from maekit import __version__, config, recipes, settings
 from maekit.errors import MaekitError, clean
+from maekit.recipes import cost, tables
 from maekit.tasks import Result
 
 log = logging.getLogger("maekit")
@@ -151,6 +152,15 @@ VERBS: dict[str, Verb] = {
         (
             "maekit evaluate runs/a runs/b --data my_classes --out runs/table",
             "maekit evaluate mae=runs/a0 mae=runs/a1 --data my_classes --suite full --labels 1%,10%",
+        ),
+    ),
+    "ablate": Verb(
+        settings.Ablate,
+        "maekit.tasks.ablate",
+        "ablate",
+        (
+            "maekit ablate fig5-mask-ratio --data my_classes --dry-run",
+            "maekit ablate table1d --data my_classes --seeds 3 --jobs 2 --out runs/targets",
         ),
     ),
     "compare": Verb(
@@ -466,14 +476,16 @@ def _overview() -> str:
 RECIPES_HELP = """usage: maekit recipes [WORD] [--json]
        maekit recipes show NAME [--config FILE] [--setting VALUE ...] [--json]
 
-List the named runs, or those with WORD in their name. Take one with --recipe; the
-group before the slash may be left out.
+List the named runs, or those with WORD in their name; of a table of the paper its
+rows, with the paper's figures and GPU-hours. Take one with --recipe; the group before
+the first slash may be left out. maekit ablate runs a whole table.
 show: every value of one, who published it, and what settings beside the name change
 of it. The output is a config file.
 
 examples:
   maekit recipes
   maekit recipes paper/finetune
+  maekit recipes table1a
   maekit recipes show finetune-vit-b16-paper
   maekit recipes show pretrain-vit-b16 --base-lr 1e-3"""
 
@@ -501,9 +513,67 @@ def _recipes(words: list[str]) -> Result:
         return _recipe(words[1:])
     wanted = _only_words(words, "maekit recipes", at_most=1)
     entries = [entry for entry in recipes.describe() if all(word in entry.name for word in wanted)]
-    if not entries:
-        recipes.find(wanted[0])
-    return Result({"recipes": [asdict(entry) for entry in entries]}, "\n\n".join(map(_described, entries)))
+    found = [table for name, table in tables.TABLES.items() if all(word in f"paper/{name}" for word in wanted)]
+    if not entries and not found:
+        recipes.find(wanted[0])  # refused, with the nearest name
+    rows = {table.name: _rows(table) for table in found} if wanted else {}
+    shown = [
+        *map(_described, entries),
+        *(_tabled(table, rows.get(table.name) if len(found) == 1 else None) for table in found),
+    ]
+    metrics: dict[str, object] = {"recipes": [asdict(entry) for entry in entries]}
+    metrics["tables"] = [
+        {
+            "name": table.name,
+            "title": table.title,
+            "source": table.source,
+            "rows": rows.get(table.name, [row.name for row in table.rows]),
+        }
+        for table in found
+    ]
+    return Result(metrics, "\n\n".join(shown))
+
+
+def _rows(table: tables.Table) -> list[dict[str, object]]:
+    """Return what is known of each row: figures of the paper, and GPU-hours where it can be trained."""
+    return [
+        {
+            "name": row.name, "label": row.label, "paper": dict(row.paper), "refused": row.refused,
+            "gpu_hours": {} if row.refused or table.refused else tables.hours(table, row), "note": row.note,
+        }
+        for row in table.rows
+    ]  # fmt: skip
+
+
+def _tabled(table: tables.Table, rows: list[dict[str, Any]] | None) -> str:
+    """Return a line on a table and the names of its rows, or its rows themselves."""
+    verb = "no training of its own" if table.refused else "maekit ablate"
+    head = f"paper/{table.name}/ROW   ({verb})\n  {table.title}.\n  source: {table.source}"
+    if rows is None:
+        names = [row.name for row in table.rows]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        return f"{head}\n  rows:   {', '.join(names[:10])}{more}"
+    measures = list(dict.fromkeys(measure for row in rows for measure in row["paper"]))
+    lines = [
+        [
+            "row",
+            "",
+            *(f"{measure} (paper)" for measure in measures),
+            "command" if table.refused else f"{cost.GPU}-hours",
+        ]
+    ]
+    for row in rows:
+        figures = [f"{row['paper'][measure]:g}" if measure in row["paper"] else "-" for measure in measures]
+        hours = " + ".join(f"{hours:,.0f} {verb}" for verb, hours in row["gpu_hours"].items())
+        lines.append([row["name"], row["label"], *figures, hours or row["refused"]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    told = ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    notes = [f"  {row['name']}: {row['note']}" for row in rows if row["note"]]
+    estimate = (
+        f"  hours: estimated from operations at {cost.MFU:.0%} of {cost.GPU_FLOPS / 1e12:g} TFLOP/s, on the images of "
+        "ImageNet-1K"
+    )
+    return "\n".join([head, *told, *notes, *([] if table.refused else [estimate])])
 
 
 def _described(entry: recipes.Entry) -> str:

@@ -23,7 +23,7 @@ from yaml.error import MarkedYAMLError
 
 from maekit import __version__
 from maekit.errors import MaekitError, clean
-from maekit.recipes import RECIPES, find
+from maekit.recipes import find, is_known
 from maekit.recipes.cited import Cited, Recipe
 from maekit.settings import FORMAT, Settings
 
@@ -121,7 +121,7 @@ def _layers(
     said = {name: _from_text(cls, name, value) for name, value in flags.items()}
     written, is_a_run = _from_file(cls, file) if file is not None else ({}, False)
     # a run's own file holds every value: its recipe is only remembered, where a newer maekit still has it
-    if is_a_run and str(written.get("recipe")) not in RECIPES:
+    if is_a_run and not is_known(str(written.get("recipe"))):
         written["recipe"] = None
     name = recipe or said.get("recipe") or (None if is_a_run else written.get("recipe"))
     layers = [(f"config {file}", written), ("flag", said)]

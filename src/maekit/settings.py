@@ -80,6 +80,7 @@ GalleryPart = Literal["beside", "masks", "ratios", "training", "attention", "fea
 GalleryParts = Annotated[list[GalleryPart], Commas, Field(min_length=1)]
 Pools = Annotated[list[Pool], Commas, Field(min_length=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+AutoJobs = Annotated[int, Field(ge=1, le=64)] | Literal["slurm"]
 AllOrBlocks = Annotated[float, Field(ge=0)] | Literal["all"]
 AutoWorkers = Annotated[int, Field(ge=0, le=512)] | Literal["auto"]
 
@@ -650,6 +651,40 @@ class Evaluate(Images, Labels, Kept, Machine):
     )
     out: Path | None = setting(
         None, "folder for table and report; scores that it holds already are not measured again", resume="free"
+    )
+
+
+class Ablate(Images, Labels, Machine):
+    """Run a table or figure of the paper on your images, beside its figures."""
+
+    positional: ClassVar[tuple[str, ...]] = ("table",)
+
+    table: str | None = setting(None, "name of the table, or its beginning: fig5, table1d; maekit recipes lists them")
+    scale: Literal["paper", "small", "tiny"] = setting(
+        "tiny", "paper: its recipes; small: tens of minutes of a CPU core a row; tiny: minutes (docs/ablations.md)"
+    )
+    seeds: int = setting(
+        3, "seeds of each row: of weights, masks and order, and of the labels drawn", ge=1, resume="free"
+    )
+    rows: Names | None = setting(None, "rows by name, as 50,75,90; default: all", resume="free")
+    labels: str | None = setting(
+        None, "part of the training labels: 10/class, 1%, 100% or a count; default: 10%, at scale paper all"
+    )
+    pretrain: list[str] = setting([], "settings of the pre-training of every row, as steps=500 batch_size=64")
+    finetune: list[str] = setting([], "settings of the fine-tuning of every row, as steps=100")
+    jobs: AutoJobs = setting(
+        1, "runs beside one another, each with a GPU of its own where there are several; slurm: as its jobs",
+        resume="free",
+    )  # fmt: skip
+    slurm: list[str] = setting(
+        [], "jobs slurm: submitit's parameters, as slurm_partition=gpu timeout_min=600 gpus_per_node=1", resume="free"
+    )
+    dry_run: bool = setting(False, "run nothing: rows, operations, time on this machine, disk", resume="free")
+    parts: Path | None = setting(
+        None, "folder of the runs themselves, shared by tables; default: ablate-parts beside OUT", resume="free"
+    )
+    out: Path | None = setting(
+        None, "folder for the table; default: runs/ablate-TABLE; one that was stopped is gone on with", resume="free"
     )
 
 

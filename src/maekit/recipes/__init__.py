@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maekit.errors import MaekitError, clean
-from maekit.recipes import builtin, paper, small, transfer
+from maekit.recipes import builtin, cost, paper, small, tables, transfer
 from maekit.recipes.cited import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe[Any]]] = {
@@ -67,20 +67,32 @@ class Entry:
 def find(word: str) -> tuple[str, Recipe[Any]]:
     """Return name and content of the recipe that `word` names, with its group or without where one only has the name.
 
+    Beside `RECIPES` these are the rows of the paper's tables: ``paper/table1a-decoder-depth/1``.
+
     Raises:
         MaekitError: E-CONFIG-RECIPE, with the nearest name.
     """
     named = [name for name in RECIPES if word in (name, name.partition("/")[2])]
     if len(named) == 1:
         return named[0], RECIPES[named[0]]()
+    rows = tables.named()
+    for name in (word, f"{tables.GROUP}/{word}"):
+        if name in rows:
+            return name, tables.row_recipe(*rows[name])
     raise MaekitError("E-CONFIG-RECIPE", f"unknown recipe {clean(word, 60)!r}{nearest(word)}", hint="maekit recipes")
 
 
 def nearest(word: str) -> str:
     """Return `` (did you mean 'x'?)`` for a name that no recipe has, or an empty string where none is near."""
-    names = {name.partition("/")[2]: name for name in RECIPES} | {name: name for name in RECIPES}
+    every = [*RECIPES, *(f"{tables.GROUP}/{name}" for name in tables.TABLES), *tables.named()]
+    names = {name.partition("/")[2]: name for name in every} | {name: name for name in every}
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
+
+
+def is_known(name: str) -> bool:
+    """Tell whether a recipe has this full name."""
+    return name in RECIPES or name in tables.named()
 
 
 def describe() -> list[Entry]:
@@ -89,7 +101,9 @@ def describe() -> list[Entry]:
 
 
 def entry(name: str) -> Entry:
-    """Return what the docstring of the recipe of this full name says."""
+    """Return what the docstring of the recipe of this full name says, or a table of its row."""
+    if name not in RECIPES:
+        return _of_row(name, *tables.named()[name])
     recipe = RECIPES[name]
     text = inspect.getdoc(recipe) or ""
     labelled = {
@@ -99,3 +113,18 @@ def entry(name: str) -> Entry:
     purpose = text.partition("\n")[0].rstrip(".")
     verb = type(recipe().settings).__name__.lower()
     return Entry(name, verb, purpose, labelled["Source"], labelled["Cost"], labelled["Expect"])
+
+
+def _of_row(name: str, table: tables.Table, row: tables.Row) -> Entry:
+    """Return what the table says of a row."""
+    hours = ", ".join(f"{value:,.0f} {what}" for what, value in tables.hours(table, row).items())
+    figures = {"finetune": "fine-tuned {:g} top-1", "probe": "linear probe {:g}", "hours": "{:g} h on 128 TPU-v3 cores"}
+    found = ", ".join(figures[measure].format(value) for measure, value in row.paper.items())
+    return Entry(
+        name,
+        type(tables.row_recipe(table, row).settings).__name__.lower(),
+        f"{table.title}: {row.label}",
+        table.source + (f"; {row.note}" if row.note else ""),
+        f"{hours} hours of one {cost.GPU} at {cost.MFU:.0%} of its {cost.GPU_FLOPS / 1e12:g} TFLOP/s (estimated)",
+        f"{found} (paper); not measured here" if found else "no published figure; not measured here",
+    )

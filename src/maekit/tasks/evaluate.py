@@ -31,7 +31,7 @@ from maekit.report.evaluation import evaluation_report, told
 from maekit.report.files import write_whole
 from maekit.settings import Evaluate, Finetune
 from maekit.tasks import Result
-from maekit.tasks.feature_cache import changes_of
+from maekit.tasks.feature_cache import data_digest
 from maekit.tasks.features import whole_splits
 from maekit.tasks.finetune import refuse_idle
 from maekit.tasks.probe import check_protocol
@@ -52,7 +52,7 @@ from maekit.tasks.protocols import (
     trained,
 )
 from maekit.tasks.robustness import check_settings
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, deciding, describe, finish, open_run, typed
 from maekit.tasks.scoreboard import cost_of_arms, table_rows
 from maekit.tasks.training import default_out
 from maekit.train.checkpoint import state_sha256
@@ -99,7 +99,7 @@ def evaluate(settings: Evaluate | dict[str, Any]) -> Result:
         jobs = _jobs(settings, arms, protocols)
         _check(settings, protocols, jobs, train)
         encoders = _encoders(settings, arms, protocols)
-        data = [_data_digest(part) for part in (train, val)]
+        data = [data_digest(part) for part in (train, val)]
         jobs = [_named(settings, job, encoders, [*data, here.device.type]) for job in jobs]
         run = open_run(settings.out or default_out("evaluate", settings.data), "evaluate", settings)
         again = replace(run, result=None)  # a finished table may have grown by an arm; what it holds costs nothing
@@ -245,12 +245,6 @@ def _cost(model: MaskedAutoencoder) -> dict[str, float]:
     }
 
 
-def _data_digest(source: Source) -> str:
-    """Return a digest of images (names, sizes, times of change), labels and classes."""
-    told = [source.fingerprint(), changes_of(source), source.labels, source.classes]
-    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _named(settings: Evaluate, job: Job, encoders: dict[Path, Encoder], where: list[str]) -> Job:
     """Give a job the name of its file: what it is, and a digest of all that decides its scores.
 
@@ -269,24 +263,14 @@ def _named(settings: Evaluate, job: Job, encoders: dict[Path, Encoder], where: l
     if job.protocol == "lowshot":
         decides |= {"shots": settings.shots, "draws": settings.draws}
     if job.protocol in PROBES:
-        decides |= {"probe": _deciding(probe_settings(settings, job))}
+        decides |= {"probe": deciding(probe_settings(settings, job))}
     if job.protocol == "finetune" or job.protocol in ON_CLASSIFIER:
-        decides |= {"finetune": _deciding(finetune_settings(settings, job))}
+        decides |= {"finetune": deciding(finetune_settings(settings, job))}
     if job.protocol in ON_CLASSIFIER:
-        decides |= {"attack": _deciding(robustness_settings(settings, job))}
+        decides |= {"attack": deciding(robustness_settings(settings, job))}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     words = (job.protocol, job.arm.name, str(job.number), job.labels or "all", f"seed-{job.seed}", digest)
     return replace(job, name="_".join(re.sub(r"[^\w.-]+", "-", word) for word in words))
-
-
-def _deciding(settings: Any) -> dict[str, Any]:
-    """Return the settings that change the numbers."""
-    fields, values = type(settings).model_fields, settings.model_dump(mode="json")
-    return {
-        name: value
-        for name, value in values.items()
-        if (fields[name].json_schema_extra or {}).get("resume") == "same" and name not in ("run", "data")
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ doing it

@@ -107,6 +107,12 @@ def changes_of(source: Source) -> str | None:
     return changes.hexdigest()
 
 
+def data_digest(source: Source) -> str:
+    """Return a digest of images (names, sizes, times of change), labels and classes."""
+    told = [source.fingerprint(), changes_of(source), source.labels, source.classes]
+    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def open_cache(settings: Any) -> FeatureCache | None:
     """Return the cache that ``--cache`` names: RUN/features where RUN is a run folder and nothing is said.
 

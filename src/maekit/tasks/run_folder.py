@@ -281,6 +281,17 @@ def deviating(settings: Settings) -> list[dict[str, Any]]:
     return [asdict(deviation) for deviation in found]
 
 
+def deciding(settings: Settings) -> dict[str, Any]:
+    """Return the settings that change the numbers, without paths whose content decides."""
+    fields, values = type(settings).model_fields, settings.model_dump(mode="json")
+    return {
+        name: value
+        for name, value in values.items()
+        if (fields[name].json_schema_extra or {}).get("resume") == "same"  # type: ignore[union-attr]
+        and name not in ("run", "data", "target_from")
+    }
+
+
 def same_data(run: Run, images: int, fingerprint: str) -> None:
     """Refuse to go on with other images than the run began with.
 
