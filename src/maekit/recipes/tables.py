@@ -251,7 +251,7 @@ def _figures() -> Iterator[Table]:
         "paper Fig. 9",
         tuple(
             Row(
-                f"{n:g}", f"{n:g} blocks", finetune={"tune_blocks": "all" if n == 24 else n},
+                f"{n:g}", f"{n:g} block{'s' * (n > 1)}", finetune={"tune_blocks": "all" if n == 24 else n},
                 paper=_scores(found), x=n,
             )
             for n, found in {
