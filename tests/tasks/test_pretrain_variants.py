@@ -120,6 +120,25 @@ def test_masks_of_whole_images_want_whole_views(tiny: dict[str, Any], flat: Path
     assert json.loads((tmp_path / "yes" / "result.json").read_text())["loss"] == done.metrics["loss"]
 
 
+@pytest.mark.parametrize(
+    "variant", [{"class_tokens": 3}, {"class_tokens": 0, "positions": "learned"}, {"target": "pca"}]
+)
+def test_encoders_of_every_kind_go_to_timm(
+    tiny: dict[str, Any], flat: Path, tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    if variant.get("target") == "pca":
+        same = {name: tiny[name] for name in ("img_size", "patch_size", "channels", "seed") if name in tiny}
+        maekit.pca({**same, "data": str(flat), "out": tmp_path / "pca", "components": 6, "patches": 500})
+        variant = {**variant, "target_from": tmp_path / "pca"}
+    maekit.pretrain(settings(tiny, flat, tmp_path / "run", **variant))
+    maekit.convert({"src": tmp_path / "run", "dst": tmp_path / "timm", "to": "timm"})
+    ours, again = load_model(tmp_path / "run").encoder, load_model(tmp_path / "timm").encoder
+    assert {name: value.shape for name, value in ours.state_dict().items()} == {
+        name: value.shape for name, value in again.state_dict().items()
+    }
+    assert all(bool((value == again.state_dict()[name]).all()) for name, value in ours.state_dict().items())
+
+
 def test_an_autoencoder_that_others_have_no_decoder_for_goes_nowhere_else(
     tiny: dict[str, Any], flat: Path, tmp_path: Path
 ) -> None:

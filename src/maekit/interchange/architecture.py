@@ -120,6 +120,8 @@ class _Shapes:
         name, heads = self._name_and_heads(width)
         grid = self._grid(patch)
         mean, std = self.said.statistics(channels)
+        count = self.said.class_tokens()
+        variant = {} if count is None else {"variant": {"class_tokens": count}}
         return {
             "name": name,
             "img_size": [grid[0] * patch, grid[1] * patch],
@@ -133,6 +135,7 @@ class _Shapes:
             "target": self.said.target(self.kind == "mae"),
             "mean": mean,
             "std": std,
+            **variant,
         }
 
     def _shape(self, name: str, dims: int) -> tuple[int, ...]:

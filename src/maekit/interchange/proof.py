@@ -20,6 +20,7 @@ from maekit.interchange.reading import Hints, Reading
 from maekit.interchange.weights import as_classifier, as_model, read_weights
 from maekit.model.encoder import create_encoder, geometry
 from maekit.model.heads import encoder_spec
+from maekit.model.targets import PIXELS
 
 TOLERANCE = 1e-5
 """float32 sums in another order: 1e-6 measured for ViT-B (docs/parity.md)."""
@@ -81,7 +82,8 @@ def _read_back(reading: Reading, place: Path, to: str) -> int:
     heads = spec["num_heads"] or geometry(spec["name"]).heads
     size = (spec["img_size"][0], spec["img_size"][1])
     decoder = spec["decoder_heads"] if reading.kind == "mae" and to not in ("timm", "detectron2") else None
-    again = read_weights(place, Hints(None, heads, decoder, spec["target"], size))
+    target = spec["target"] if spec["target"] in PIXELS else None  # no other layout has others, nor a word for them
+    again = read_weights(place, Hints(None, heads, decoder, target, size))
     mine = reading.whole()
     made = {_whole(again, row.ours) for row in again.rows if row.what == "created"}
     theirs = {name: value for name, value in again.whole().items() if name not in made}

@@ -29,6 +29,8 @@ KNOWN_ARGS = {
 }  # fmt: skip
 """timm's ``model_args`` that stand in the shapes, are read here, or matter in training only; another could change what
 the model computes."""
+TOKEN_ARGS = ("class_token", "reg_tokens", "no_embed_class")
+"""timm's ``model_args`` that together say how many class tokens a model of ours has (`maekit.model.variant`)."""
 HUGGING = {
     "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True,
     "decoder_num_attention_heads": 16, "norm_pix_loss": False,
@@ -62,8 +64,9 @@ class Said:
             MaekitError: E-CKPT-LAYOUT.
         """
         config = self.config
-        other = sorted(map(str, self.model_args.keys() - KNOWN_ARGS - {"class_token"}))
-        if self.model_args.get("class_token", True) is not True:
+        counted = set(TOKEN_ARGS) if self.class_tokens() is not None else {"class_token"}
+        other = sorted(map(str, self.model_args.keys() - KNOWN_ARGS - counted))
+        if self.class_tokens() is None and self.model_args.get("class_token", True) is not True:
             other.append("class_token false")
         if "model_type" in config and not HUGGING.keys() <= config.keys():
             other.append(f"model_type {config['model_type']}")
@@ -140,6 +143,13 @@ class Said:
                 "the file does not say"
             )
         return heads
+
+    def class_tokens(self) -> int | None:
+        """Return how many class tokens there are, where all of `TOKEN_ARGS` say so; None: as the architecture has."""
+        first, others, apart = (self.model_args.get(name) for name in TOKEN_ARGS)
+        if not isinstance(first, bool) or type(others) is not int or apart is not False:
+            return None
+        return first + others if first or others == 0 else None
 
     def target(self, has_decoder: bool) -> str:
         """Return what the decoder predicts, or is to predict."""
