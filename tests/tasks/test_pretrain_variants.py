@@ -58,6 +58,11 @@ def test_components_are_fitted_predicted_and_kept_with_the_run(
     maekit.pretrain(settings(tiny, flat, tmp_path / "run", **more))
     model = load_model(tmp_path / "run")
     assert model.target == "pca" and model.decoder.pred.out_features == 6
+    maekit.pca({**same, "data": str(flat), "out": tmp_path / "pca2", "components": 6, "patches": 300})
+    with pytest.raises(MaekitError, match=r"E-CKPT-MODEL.*another pca target"):
+        maekit.pretrain(
+            settings(tiny, flat, tmp_path / "no", target="pca", target_from=tmp_path / "pca2", init=tmp_path / "run")
+        )
     other = tmp_path / "other"
     other.mkdir()
     for file in sorted(flat.iterdir())[:8]:

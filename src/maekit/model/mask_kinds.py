@@ -24,7 +24,8 @@ a ratio of .9, there 0.3 patches on average (28 x 28: 2 % and 36 %, 3.4 of 706).
 def fractions(noise: Tensor) -> Tensor:
     """Return two further uniform numbers of each one (B, 2N): what follows its first 4 and its first 14 binary digits.
 
-    A float of `torch.rand` has 24. The digits before say which patch has the most noise, and that stays independent.
+    A float of `torch.rand` has 24. Which patch has the most noise is said nearly by the digits before alone, so the
+    rest is nearly independent of it (the noisiest of 196 has a few more leading ones than 4).
     """
     return torch.cat([noise * 2.0**4, noise * 2.0**14], dim=1).remainder(1)
 

@@ -9,7 +9,7 @@ from maekit.report.gallery import SHOWN_SIDE, Part
 from maekit.report.grids import reconstruction_grid
 from maekit.report.page import Table
 from maekit.report.plots import lines
-from maekit.report.reconstruction import Reconstruction, combined_figure, combined_notes, percent
+from maekit.report.reconstruction import Reconstruction, combined_figure, combined_notes, percent, removed
 
 NOTE = (
     "Over removed pixels of the images above, values 0 to 1. The plain fill needs no model: each removed patch takes "
@@ -74,16 +74,21 @@ def _beside(
     more: Sequence[str] = (),
 ) -> Part:
     figure = side_by_side(found, names)
-    ratios = ", ".join(dict.fromkeys(percent(one.ratio) for one in found.values()))
-    text = [f"Removed: {ratios} of the patches. Predictions stand in place of removed patches."]
+    ratios = ", ".join(dict.fromkeys(removed(one) for one in found.values()))
+    text = [f"Of the patches: {ratios}. Predictions stand in place of removed patches."]
     text += dict.fromkeys(note for one in found.values() for note in combined_notes([one]))
     text += more
-    rows = [[name, *_scores(one)] for name, one in found.items()]
-    best = max(range(len(rows)), key=lambda at: list(found.values())[at].psnr)
-    table = Table(["", *HEADERS], rows, note=NOTE, highlight=[best] if len(rows) > 1 else [])
-    told = "The same images, the same masks."
-    if not _same_masks(found):
+    best = max(range(len(found)), key=lambda at: list(found.values())[at].psnr)
+    if _same_masks(found):
+        told = "The same images, the same masks."
+        rows = [[name, *_scores(one)] for name, one in found.items()]
+        table = Table(["", *HEADERS], rows, note=NOTE, highlight=[best] if len(rows) > 1 else [])
+    else:  # what one has to guess the other may see: none is the best
         told = "The same images; the runs differ in patches or kind of mask, so each has a mask of its own."
+        rows = [[name, removed(one), *_scores(one)] for name, one in found.items()]
+        note = f"{NOTE} The masks differ, so rows are not to be compared with one another."
+        note += " Where nothing is removed, scores are over all pixels and the fill is the noisy image itself."
+        table = Table(["", "removed", *HEADERS], rows, note=note)
     return Part(heading, text=text, pictures={file: (figure, told)}, tables=[table], plots=plots)
 
 

@@ -277,7 +277,7 @@ def ratio_figure(
         [[images[i] for _, images in columns] for i in range(len(shown.original))],
         [header for header, _ in columns],
         names,
-        groups=[("", 1), (_group(shown), 3), *([("two other views", 2)] if normalised else [])],
+        groups=[("", 1), (removed(shown), 3), *([("two other views", 2)] if normalised else [])],
         warn=[5] if normalised else [],
         notes=ratio_notes(shown) if notes else (),
         max_side=max_side,
@@ -296,7 +296,7 @@ def combined_figure(
         ],
         ["original", *[_seen(shown[0]), "prediction in place", "prediction"] * len(shown)],
         names,
-        groups=[("", 1), *((_group(one), 3) for one in shown)],
+        groups=[("", 1), *((removed(one), 3) for one in shown)],
         notes=combined_notes(shown) if notes else (),
         max_side=max_side,
     )
@@ -340,7 +340,8 @@ def _seen(shown: Reconstruction) -> str:
     return "with noise" if shown.variant.mask_kind == "none" else "masked"
 
 
-def _group(shown: Reconstruction) -> str:
+def removed(shown: Reconstruction) -> str:
+    """Return how much of the images is gone: 75 % removed, or noise."""
     if shown.variant.mask_kind == "none":
         return f"noise of {shown.variant.add_noise:g} deviations"
     return f"{percent(shown.ratio)} removed"

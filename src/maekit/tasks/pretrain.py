@@ -4,6 +4,7 @@ import logging
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from maekit.data.augment import EvalView, default_crop_pct
@@ -244,6 +245,13 @@ def start_from(model: MaskedAutoencoder, old: MaskedAutoencoder, *, with_decoder
                 hint=f"--{name.replace('_', '-')} {before}",
             )  # fmt: skip
     mine, theirs = model.state_dict(), old.state_dict()
+    made = [name for name in mine if name.startswith("objective.")]
+    if with_decoder and not all(name in theirs and torch.equal(mine[name], theirs[name]) for name in made):
+        raise MaekitError(
+            "E-CKPT-MODEL", "setting init", found=f"a decoder of another {model.target} target",
+            expected="one of the same components or codes",
+            hint="--target-from of the run that the weights are from, or --init RUN/encoder.safetensors",
+        )  # fmt: skip
     # fixed tables stay; of learned ones those of the same grid are taken over
     fixed = model.variant.positions == "sincos"
     learned = [name for name in mine if not (fixed and name.endswith("pos_embed"))]
