@@ -5,8 +5,8 @@ ImageNet-1K: of section 4.1 and Table 1 (800 epochs, plain pixels) or, where `Ta
 normalised pixels); these are recipes by the name ``paper/TABLE/ROW``. At the scales "small" and "tiny" the same rows
 stand on a base for small images (`maekit.recipes.scales`).
 
-Figures: arXiv 2111.06377; accuracies as fractions of 1. Points of its curves that could not be checked have none here, and
-what its text says of the order stands in `Table.says`.
+Figures: arXiv 2111.06377; accuracies as fractions of 1. Points of its curves that could not be
+checked have none here, and what its text says of the order stands in `Table.says`.
 """
 
 from collections.abc import Iterator, Mapping
