@@ -39,6 +39,7 @@ class Row:
         paper: measure -> published figure: "finetune" and "probe" are top-1, "hours" those of 128 TPU-v3 cores.
         size: "b" | "l" | "h", the paper's encoder.
         x: where the row stands on a numeric axis.
+        reference: name of the row that its speed-up is relative to; "": the default row.
         note: what a reader of the figure has to know.
         refused: why it cannot be trained by `maekit ablate`, and what can be done; "": it can.
     """
@@ -50,6 +51,7 @@ class Row:
     paper: Mapping[str, float] = field(default_factory=dict)
     size: str = "l"
     x: float | None = None
+    reference: str = ""
     note: str = ""
     refused: str = ""
 
@@ -278,6 +280,7 @@ def _main() -> Iterator[Table]:
                 {"decoder_depth": depth} | ({"encoder_mask_token": True} if tokens else {}),
                 paper=_scores(finetune, hours=hours),
                 size=size,
+                reference=f"{size}-with",
             )
             for size, tokens, depth, finetune, hours in (
                 ("l", True, 8, 84.2, 42.4), ("l", False, 8, 84.9, 15.4), ("l", False, 1, 84.8, 11.6),

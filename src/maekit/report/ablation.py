@@ -22,7 +22,9 @@ NAMES = {"finetune": "fine-tuned", "probe": "linear probe"}
 NOTE = (
     "Mean ± standard deviation over seeds; one value stands alone. The paper's figures are top-1 of ViT-L/16 (where a "
     "row does not say otherwise) on ImageNet-1K and stand here for their order, not to be reached. GFLOPs: of one "
-    "image in a step, forward and backward; memory: peak of the process, on a GPU that of the device."
+    "image in a step, forward and backward; time: of the training itself, by its rate, without set-up and reports; "
+    "speed-up: over the row in bold, in table2-wallclock over that of its size with mask tokens in the encoder; "
+    "memory: peak of the process, on a GPU that of the device."
 )
 JUDGED = (
     "Pairs of rows that the paper tells apart: by figures that differ by more than .0023, or by its words. Confirmed "
@@ -104,8 +106,8 @@ def scores_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]
     headers = ["row", ""]
     for measure in measures:
         headers += [NAMES[measure], "paper"]
-    headers += ["GFLOPs an image", "images/s", "time", "speed-up"] + ["hours (paper)"] * hours + ["peak MiB"]
-    base = next((row["seconds"] for row in metrics["rows"] if row["name"] == metrics["default"]), None)
+    headers += ["GFLOPs an image", "images/s", "time", "speed-up"]
+    headers += ["hours (paper)", "speed-up (paper)"] * hours + ["peak MiB"]
     cells: list[list[Cell]] = []
     for row in metrics["rows"]:
         line: list[Cell] = [row["name"], row["label"]]
@@ -116,10 +118,10 @@ def scores_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]
         line += [
             None if row["gflops_per_image"] is None else f"{row['gflops_per_image']:.3g}",
             None if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
-            None if seconds is None else clock(seconds),
-            f"{base / seconds:.2f}" if base and seconds else None,
+            None if seconds is None else clock(seconds) + " with set-up" * row["with_setup"],
+            _times(row["speed_up"], 2),
         ]
-        line += [row["paper"].get("hours")] if hours else []
+        line += [row["paper"].get("hours"), _times(row["speed_up_paper"], 1)] if hours else []
         cells.append([*line, None if row["memory_mib"] is None else f"{row['memory_mib']:,.0f}"])
     return headers, cells
 
@@ -140,6 +142,10 @@ def _duration(seconds: float) -> str:
     return clock(seconds) if seconds < 3 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
+def _times(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"
+
+
 def _three(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
 
@@ -156,12 +162,16 @@ def _where(metrics: Mapping[str, Any]) -> str:
 def _notes(metrics: Mapping[str, Any]) -> list[str]:
     found = [f"{row['name']} is absent: {row['absent']}." for row in metrics["rows"] if row["absent"]]
     found += [f"{row['name']}: {row['note']}." for row in metrics["rows"] if row.get("note")]
+    sharing = max((row.get("sharing", 1) for row in metrics["rows"]), default=1)
+    if sharing > 1:
+        what = "a GPU" if "cuda" in metrics["device"] else "the CPU and competed for its cores"
+        found.append(f"Up to {sharing} runs at a time shared {what}: times and speed-ups are not those of a run alone.")
     return found + [f"{row['name']} failed, {fault}" for row in metrics["rows"] for fault in row.get("faults", [])]
 
 
 def _long(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """Return one line per row and measure, for programs."""
-    costs = ["flops", "gflops_per_image", "images_per_second", "seconds", "memory_mib"]
+    costs = ["flops", "gflops_per_image", "images_per_second", "seconds", "speed_up", "memory_mib"]
     headers = ["row", "label", "x", "measure", "mean", "deviation", "seeds", "values", "paper", *costs, "absent"]
     cells: list[list[Cell]] = []
     for row in metrics["rows"]:

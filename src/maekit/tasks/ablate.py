@@ -401,7 +401,12 @@ def _metrics(
     train: Source, val: Source,
 ) -> dict[str, Any]:  # fmt: skip
     measures = [name for name in table.measures if name in ("finetune", "probe")]
-    rows = [_row_metrics(line, measures, failed) for line in lines]
+    default = default_of(table, settings.scale)
+    labelled = len(label_subset(train, _labels(settings), settings.label_seed))
+    images = {"pretrain": len(train), "finetune": labelled}
+    rows = [_row_metrics(line, measures, failed, images) for line in lines]
+    for row in rows:
+        row |= _speed_ups(row, next((other for other in rows if other["name"] == (row["reference"] or default)), None))
     orders: dict[str, list[dict[str, Any]]] = {}
     sentences: list[str] = []
     for measure in measures:
@@ -415,13 +420,13 @@ def _metrics(
         "run": str(out), "table": table.name, "title": table.title, "source": table.source, "axis": table.axis,
         "scale": settings.scale, "data": settings.data, "labels": _labels(settings), "seeds": settings.seeds,
         "train_images": len(train), "val_images": len(val), "device": str(resolve_device(settings.device)),
-        "default": default_of(table, settings.scale), "measures": measures, "rows": rows,
+        "default": default, "measures": measures, "rows": rows,
         "ordering": orders, "summary": sentences,
         "runs": len(parts), "done": sum(part.result is not None for part in parts), "failed": dict(failed),
     }  # fmt: skip
 
 
-def _row_metrics(line: Line, measures: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
+def _row_metrics(line: Line, measures: Sequence[str], failed: dict[str, str], images: dict[str, int]) -> dict[str, Any]:
     scores: dict[str, dict[str, float]] = {measure: {} for measure in measures}
     trained: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -431,21 +436,50 @@ def _row_metrics(line: Line, measures: Sequence[str], failed: dict[str, str]) ->
             if result is not None and verb in measures:
                 scores[verb][str(seed)] = float(result["ema_top1"] if "ema_top1" in result else result["top1"])
             if result is not None and verb == _main_verb(line):
-                trained.append(result | part.cost)
+                trained.append(result | part.cost | _training_time(part, result, images[verb]))
             if part.folder.name in failed:
                 faults.append(f"seed {seed}, {verb}: {failed[part.folder.name]}")
     first = line.runs[0][_main_verb(line)] if line.runs else None
     return {
         "name": line.row.name, "label": line.plan.label, "x": line.row.x, "paper": dict(line.row.paper),
-        "note": line.row.note, "absent": line.plan.absent, "scores": scores, "faults": faults,
+        "reference": line.row.reference, "note": line.row.note, "absent": line.plan.absent, "scores": scores,
+        "faults": faults,
         "flops": first.flops if first else None,
         "gflops_per_image": _per_image(line),
-        "seconds": _mean(trained, "seconds"), "images_per_second": _mean(trained, "images_per_second"),
+        "seconds": _mean(trained, "seconds"), "with_setup": any(each.get("with_setup") for each in trained),
+        "sharing": max((each.get("sharing", 1) for each in trained), default=1),
+        "images_per_second": _mean(trained, "images_per_second"),
         "memory_mib": max((cost["memory_mib"] for cost in trained if cost.get("memory_mib")), default=None),
         "runs": {
             str(seed): {verb: str(part.folder) for verb, part in runs.items()} for seed, runs in line.runs.items()
         },
     }  # fmt: skip
+
+
+def _speed_ups(row: dict[str, Any], base: dict[str, Any] | None) -> dict[str, float | None]:
+    """Return how many times faster than another row a row is, here and in the paper, as far as both are known."""
+    if base is None:
+        return {"speed_up": None, "speed_up_paper": None}
+    alike = row["with_setup"] == base["with_setup"]
+    hours, of_base = row["paper"].get("hours"), base["paper"].get("hours")
+    return {
+        "speed_up": base["seconds"] / row["seconds"] if alike and row["seconds"] and base["seconds"] else None,
+        "speed_up_paper": of_base / hours if hours and of_base else None,
+    }
+
+
+def _training_time(part: Part, result: dict[str, Any], images: int) -> dict[str, Any]:
+    """Return the seconds of the training itself, without set-up and report, or that it is not known.
+
+    Args:
+        part: a training.
+        result: what it found.
+        images: that it is trained on: a batch is no larger.
+    """
+    rate = float(result.get("images_per_second") or 0.0)
+    if not rate:
+        return {"with_setup": True}
+    return {"seconds": result["steps"] * min(part.settings.model_dump()["batch_size"], images) / rate}
 
 
 def _main_verb(line: Line) -> str:

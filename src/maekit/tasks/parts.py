@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ import torch
 
 from maekit import __version__, settings
 from maekit.config import dump_yaml, load_yaml, resolve
-from maekit.errors import MaekitError
+from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Settings
 from maekit.tasks.protocols import peak_memory
@@ -37,7 +39,7 @@ from maekit.train.log import read_metrics
 log = logging.getLogger("maekit")
 
 STOPPED, BUSY, BROKEN = 75, 76, 1
-"""Codes: stopped with a checkpoint; another process is at work in the folder; a fault of ours."""
+"""Codes: stopped with a checkpoint; another process is at work in the folder; a fault of ours or of the machine."""
 WAIT = 0.2
 """Seconds between looks at what runs elsewhere."""
 BUSY_WAIT = 5.0
@@ -75,7 +77,7 @@ class Part:
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Seconds, and peak memory in MiB, as far as they are known."""
+        """Seconds of the whole verb, peak memory in MiB, runs that shared its device, as far as they are known."""
         return _read_cost(self.folder)
 
 
@@ -104,8 +106,16 @@ def make_part(
 # ---------------------------------------------------------------------------------------------------- doing one
 
 
-def do(verb: str, chosen: Settings) -> tuple[int, str]:
-    """Run a part in this process; return its code and what went wrong, and keep what it cost."""
+def do(verb: str, chosen: Settings, sharing: int = 1) -> tuple[int, str]:
+    """Run a part in this process; return its code and what went wrong, and keep what it cost.
+
+    Any exception is the part's failure and not that of the table; a signal's goes through.
+
+    Args:
+        verb: its name.
+        chosen: its settings.
+        sharing: runs that may be at work on its device, this one among them.
+    """
     folder = Path(str(chosen.model_dump()["out"]))
     before, began = _read_cost(folder), time.monotonic()
     memory: Callable[[], float | None] = lambda: None  # noqa: E731
@@ -115,11 +125,15 @@ def do(verb: str, chosen: Settings) -> tuple[int, str]:
             return code, ""
     except MaekitError as error:
         return (BUSY if error.code == "E-ENV-BUSY" else error.exit_code), str(error)
+    except Exception as error:
+        log.debug("%s %s", verb, folder.name, exc_info=True)
+        return BROKEN, f"{type(error).__name__}: {clean(error, 400)}"
     finally:
         peaks = [peak for peak in (before.get("memory_mib"), memory()) if peak is not None]
         seconds = float(before.get("seconds", 0.0)) + time.monotonic() - began
         if folder.is_dir():
-            kept = {"seconds": seconds, "memory_mib": max(peaks, default=None)}
+            shared = max(sharing, int(before.get("sharing", 1)))
+            kept = {"seconds": seconds, "memory_mib": max(peaks, default=None), "sharing": shared}
             write_whole(_cost_file(folder), (json.dumps(kept) + "\n").encode())
 
 
@@ -139,10 +153,10 @@ def _read_cost(folder: Path) -> dict[str, Any]:
     return found
 
 
-def do_file(file: Path) -> int:
+def do_file(file: Path, sharing: int = 1) -> int:
     """Run the part whose settings a file holds; return its code, and leave what went wrong in a file beside."""
     kind: type[Settings] = getattr(settings, str(load_yaml(file)["verb"]).capitalize())
-    code, told = do(str(load_yaml(file)["verb"]), resolve(kind, file=file)[0])
+    code, told = do(str(load_yaml(file)["verb"]), resolve(kind, file=file)[0], sharing)
     if told:
         write_whole(file.with_suffix(".error"), told.encode())
     return code
@@ -244,19 +258,33 @@ def _file_of(part: Part) -> Path:
     return file
 
 
-def beside(jobs: int) -> Runner:
-    """Return what starts each part in a process of its own: on a GPU of its own, or with its share of the cores."""
+def devices(kind: str) -> int:
+    """Return among how many devices of a kind runs are dealt out: GPUs, or the one CPU."""
+    return len(_gpus()) or 1 if kind == "cuda" else 1
+
+
+def _gpus() -> list[str]:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = seen.split(",") if torch.cuda.is_available() else []
+    return seen.split(",") if torch.cuda.is_available() else []
+
+
+def beside(jobs: int) -> Runner:
+    """Return what starts each part in a process of its own: on a GPU of its own, or with its share of the cores.
+
+    The process ends with this one, also by kill -9, so that the same command started anew finds no other at work.
+    """
+    gpus = _gpus()
 
     def start(part: Part, slot: int) -> Handle:
         file = _file_of(part)
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        command = [sys.executable, "-m", "maekit.tasks.parts", str(file)]
+        kind = resolve_device(str(part.settings.model_dump().get("device", "cpu"))).type
+        sharing = math.ceil(jobs / devices(kind))
+        command = [sys.executable, "-m", "maekit.tasks.parts", str(file), str(sharing)]
         with file.with_suffix(".log").open("ab") as out:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment)
         return _Process(file, process)
 
     return start
@@ -384,9 +412,23 @@ def _without_hope(waiting: list[Part], outcome: Outcome) -> list[Part]:
 
 
 def main(words: Sequence[str]) -> int:
-    """Do the part that the one word names; messages go to stderr, which is the part's log."""
+    """Do the part that the first word names; messages go to stderr, which is the part's log.
+
+    With a second word, the number of runs that share the device, it is one of `beside`, which holds the other end of
+    its stdin.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return do_file(Path(words[0]))
+    log.setLevel(logging.DEBUG)  # a fault's traceback stands in the log
+    if len(words) == 1:
+        return do_file(Path(words[0]))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return do_file(Path(words[0]), int(words[1]))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: only then does its stdin end."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(BROKEN)
 
 
 if __name__ == "__main__":
