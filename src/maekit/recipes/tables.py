@@ -159,7 +159,7 @@ def _table1() -> Iterator[Table]:
             Row("pca", "PCA coefficients", {"target": "pca"}, paper=_scores(84.6, 72.3)),
             Row(
                 "token", "tokens", {"target": "token"}, paper=_scores(85.3, 71.6),
-                note="the paper's tokens are those of DALL-E's dVAE; ours of the tokenizer that is trained or given",
+                note="the paper's tokens are those of DALL-E's dVAE; ours of a tokenizer of the same images",
             ),
         ),
         default="pixel",

@@ -107,7 +107,8 @@ def table_of(word: str | None) -> Table:
     fits = [name for name in TABLES if word and (name == word or name.startswith(word))]
     fits = [word] if word in fits else fits
     if len(fits) != 1 or word is None:
-        near = "" if word is None or fits else config.suggest(word, TABLES)
+        begun = [name[: len(word or "")] for name in TABLES]
+        near = "" if word is None or fits else config.suggest(word, TABLES) or config.suggest(word, begun)
         what = "no table named" if word is None else f"table {clean(word, 60)!r}"
         raise MaekitError(
             "E-CONFIG-TABLE", what + near, found=f"the beginning of {', '.join(fits)}" if fits else None,
@@ -200,7 +201,7 @@ def _given(settings: Ablate, kind: type[declared.Settings], name: str) -> dict[s
     if wrong:
         raise MaekitError(
             "E-CONFIG-BOTH", f"setting {name}", found=", ".join(wrong), expected="settings of the training alone",
-            hint=f"maekit ablate --{wrong[0].replace('_', '-')} ..., where there is such a flag",
+            hint=None if wrong[0] == "target_from" else f"maekit ablate --{wrong[0].replace('_', '-')} ...",
         )  # fmt: skip
     chosen, _ = config.resolve(kind, flags=said)
     return {key: getattr(chosen, key) for key in said}
