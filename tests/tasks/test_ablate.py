@@ -152,6 +152,17 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(maekit: Run, class
     assert plain["runs"] == 2 * 2 * 3 + 2 and plain["flops"] > 0 and plain["seconds"] > 0 and plain["disk_mib"] > 0
 
 
+def test_a_dry_run_counts_only_the_blocks_that_are_trained(maekit: Run, classes: Path, tmp_path: Path) -> None:
+    line = words(classes, tmp_path, "--dry-run", "--rows", "0,0.5,24", "--seeds", 1)
+    line[1] = "fig9"
+    found = maekit(*line)
+    assert found.code == 0, found.stderr
+    none, half, whole = (row["flops"] for row in found.json["rows"])
+    assert none < half < whole
+    line[line.index("--dry-run")] = "--slurm=a=b"
+    assert "E-CONFIG-IDLE" in maekit(*line, "--dry-run").stderr
+
+
 @pytest.mark.slow
 def test_runs_beside_one_another_find_the_same(fresh: Run, classes: Path, table: Any, tmp_path: Path) -> None:
     done = fresh(*words(classes, tmp_path, "--jobs", 2))

@@ -33,7 +33,7 @@ from maekit.settings import Ablate, Finetune, Pretrain, Probe
 from maekit.tasks import Result
 from maekit.tasks.feature_cache import data_digest
 from maekit.tasks.features import whole_splits
-from maekit.tasks.parts import Outcome, Part, beside, in_this_process, make_part, slurm, work_off
+from maekit.tasks.parts import Outcome, Part, beside, devices, in_this_process, make_part, slurm, work_off
 from maekit.tasks.pretrain import new_model
 from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, outside, same_data, typed
 from maekit.train.device import resolve_device
@@ -86,6 +86,8 @@ def ablate(settings: Ablate | dict[str, Any]) -> Result:
     wanted = _wanted(settings, table)
     out = settings.out or Path("runs") / f"ablate-{table.name}"
     settings = settings.model_copy(update={"table": table.name, "parts": settings.parts or out.parent / "ablate-parts"})
+    if settings.slurm and settings.jobs != "slurm":
+        raise MaekitError("E-CONFIG-IDLE", "setting slurm", found=f"jobs {settings.jobs}", expected="--jobs slurm")
     train, val = whole_splits(settings)
     lines = _lines(settings, table, wanted, train, val)
     if settings.dry_run:
@@ -267,14 +269,24 @@ def _parts(
         add("probe", Probe, chosen.probe | seeded | of_labels | run | kept, first, 2 * macs * (labelled + scored))
     tuned = Finetune.model_validate(chosen.finetune | seeded | of_labels | run)
     macs = macs or cost.encoder_macs(tuned)
+    trained = _trained_share(tuned, chosen)
     add("finetune", Finetune, chosen.finetune | seeded | of_labels | run, first,
-        6 * macs * _seen(tuned, labelled) + 2 * macs * scored)  # fmt: skip
+        (2 + 4 * trained) * macs * _seen(tuned, labelled) + 2 * macs * scored)  # fmt: skip
     return found
 
 
 def _macs(wanted: Pretrain, chosen: Plan) -> float:
     """Return the multiplications of one image of a row's pre-training."""
     return sum(cost.pretraining_macs(wanted, chosen.tokenizer.get("vocabulary", VOCABULARY)))
+
+
+def _trained_share(tuned: Finetune, chosen: Plan) -> float:
+    """Return the share of the encoder's operations that a fine-tune goes back through."""
+    if tuned.tune_blocks in (None, "all") or chosen.pretrain is None:
+        return 1.0
+    depth = cost.encoder_shape(Pretrain.model_validate(chosen.pretrain | {"target": "pixel"})).depth
+    blocks = float(tuned.tune_blocks or 0)
+    return min(1.0, (blocks if blocks != 0.5 else 2 / 3) / depth)  # an MLP is 8 of a block's 12 products
 
 
 def _seen(chosen: Any, images: int) -> float:
@@ -292,8 +304,6 @@ def _runner(settings: Ablate) -> Any:
         words = [word.partition("=") for word in settings.slurm]
         assert settings.parts is not None
         return slurm(settings.parts / "slurm", {name: _number(value) for name, _, value in words})
-    if settings.slurm:
-        raise MaekitError("E-CONFIG-IDLE", "setting slurm", found=f"jobs {settings.jobs}", expected="--jobs slurm")
     return in_this_process if settings.jobs == 1 else beside(settings.jobs)
 
 
@@ -514,7 +524,10 @@ def _dry(settings: Ablate, table: Table, lines: list[Line], train: Source) -> Re
     base = next((line for line in lines if line.row.name == default_of(table, settings.scale) and line.runs), None)
     base = base or next(line for line in lines if line.runs)
     rate = _measured_rate(base, resolve_device(settings.device))
-    jobs = settings.jobs if isinstance(settings.jobs, int) else len(parts)
+    # runs on one device share it; as SLURM jobs they are taken to start at once, as far as they do not wait for others
+    jobs = len(parts)
+    if isinstance(settings.jobs, int):
+        jobs = min(settings.jobs, devices(resolve_device(settings.device).type))
     rows = [
         {
             "name": line.row.name, "label": line.plan.label, "paper": dict(line.row.paper), "absent": line.plan.absent,
