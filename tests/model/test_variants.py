@@ -118,6 +118,14 @@ def test_a_linear_head_without_all_places_is_refused(build: Build) -> None:
         build(decoder_depth=0)
 
 
+def test_training_under_given_masks_without_any_is_refused(build: Build) -> None:
+    model = build(variant={"mask_kind": "given"})
+    images, noise = images_for(model), noise_for(model)
+    with pytest.raises(MaekitError, match=r"E-CONFIG-MASK.*scores"):
+        model.loss(images, noise)
+    assert torch.equal(model(images, noise=noise).mask, build()(images, noise=noise).mask)  # a look: random ones
+
+
 def test_the_default_row_says_nothing_of_itself(build: Build) -> None:
     assert "variant" not in build().spec and "variant" not in build(variant=Variant()).spec
     assert build(variant={"mask_unit": 2}).spec["variant"] == {"mask_unit": 2}

@@ -109,7 +109,8 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images: (B, C, H, W), normalised.
             mask_ratio: share of patches removed; not looked at when `mask` is given or nothing is ever removed.
-            noise: (B, N) decides the mask: by default the lowest of each row stay. Default: drawn here.
+            noise: (B, N) decides the mask: by default the lowest of each row stay, also where masks of the user's own
+                are trained with. Default: drawn here.
             mask: (B, N) bool, True = removed, the same number in every row; in place of `noise`.
             generator: what the noise is drawn from; its device may differ from that of the images.
             seen: (B, C, H, W) what the encoder sees of the images; default: `corrupt` of them.
@@ -119,8 +120,11 @@ class MaskedAutoencoder(nn.Module):
                 cannot be used.
         """
         patches = self._patches(images)
-        masking, noise = self._masking(images, mask_ratio, noise, mask, generator)
-        latent = self._encode(self._patches(self.corrupt(images) if seen is None else seen), masking)
+        # without the user's masks: equal scores, so that the noise alone decides
+        scores = images.new_zeros(len(images), self.num_patches) if self.variant.mask_kind == "given" else None
+        masking, noise = self._masking(images, mask_ratio, noise, mask, generator, scores)
+        seen = self.corrupt(images) if seen is None else seen
+        latent = self._encode(patches if seen is images else self._patches(seen), masking)
         pred = self.decoder.predict(self.decoder(latent, masking.ids_keep))
         ids = self._scored(masking, noise)
         scored = self._predict(latent, masking, ids) if self.decoder.parts else select(pred, ids)
@@ -135,16 +139,17 @@ class MaskedAutoencoder(nn.Module):
             images: (B, C, H, W), normalised.
             noise: (B, N), as in `forward`.
             mask_ratio: share of patches removed.
-            scores: (B, N) of masks that are given: the highest are removed.
+            scores: (B, N) of masks that are given, and only of these: the highest are removed.
 
         Raises:
             MaekitError: as `forward`.
         """
         patches = self._patches(images)
         masking, noise = self._masking(images, mask_ratio, noise, None, None, scores)
-        seen = self._patches(self.corrupt(images)) if self.variant.add_noise else patches
+        seen = self.corrupt(images)
+        latent = self._encode(patches if seen is images else self._patches(seen), masking)
         ids = self._scored(masking, noise)
-        pred = self._predict(self._encode(seen, masking), masking, ids)
+        pred = self._predict(latent, masking, ids)
         return self._loss(images, patches, ids, pred)
 
     def corrupt(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -323,8 +328,6 @@ class MaskedAutoencoder(nn.Module):
             device = images.device if generator is None else generator.device
             noise = torch.rand(shape, generator=generator, device=device)
         noise = noise.to(images.device)
-        if kind == "given" and scores is None:  # a look at the model without the user's masks
-            kind = "random"
         return draw_masking(kind, noise, self.grid, mask_ratio, unit, scores), noise
 
 

@@ -81,7 +81,7 @@ def classification_report(
         MaekitError: E-CONFIG- if config.yaml cannot be read, E-ENV-OUT if nothing can be written.
     """
     config = load_yaml(run / "config.yaml")
-    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    records = read_metrics(run / "metrics.jsonl")
     classes, shown = source.classes or [], scored[-1]
     matrix, bins = confusion(shown.judged, len(classes)), reliability(shown.judged)
     write_whole(run / "per_class.csv", to_csv(HEADERS, _rows(matrix, classes)))

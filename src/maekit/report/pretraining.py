@@ -64,7 +64,7 @@ def pretrain_report(
         MaekitError: E-CONFIG- if config.yaml cannot be read, E-ENV-OUT if nothing can be written.
     """
     config = load_yaml(run / "config.yaml")
-    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    metrics = read_metrics(run / "metrics.jsonl")
     ratios = _ratios(config, model) if shows_pixels(model) else []
     shown = [reconstruct_images(model, images, ratio, seed) for ratio in ratios]
     for one in shown:

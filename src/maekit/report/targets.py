@@ -161,7 +161,7 @@ def _page(
 ) -> Path:
     """Write the page around what was found."""
     config = load_yaml(run / "config.yaml")
-    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    records = read_metrics(run / "metrics.jsonl")
     first, *more = sections
     drawn = curves(records)
     write_report(

@@ -82,7 +82,7 @@ def tokenizer_report(run: Path, model: VQTokenizer, judged: Judged, metrics: Map
         MaekitError: E-CONFIG- if config.yaml cannot be read, E-ENV-OUT if nothing can be written.
     """
     config = load_yaml(run / "config.yaml")
-    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    records = read_metrics(run / "metrics.jsonl")
     pictures, codes = _reconstructions(judged), _codes(judged, model.spec["patch"])
     write_png(run / "reconstructions.png", pictures)
     write_png(run / "codes.png", codes)

@@ -25,6 +25,7 @@ from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, t
 from maekit.tasks.scoring import final_scores
 from maekit.tasks.training import (
     Statistics,
+    came_out,
     channels_of,
     default_out,
     prepare,
@@ -33,7 +34,7 @@ from maekit.tasks.training import (
     train_loader,
 )
 from maekit.train.device import World, world
-from maekit.train.loop import Outcome, Plan, fit
+from maekit.train.loop import Plan, fit
 from maekit.train.optim import adamw, finetune_groups
 from maekit.train.schedule import schedule
 
@@ -132,12 +133,12 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     watch = score(parts.held, name="held") if parts.held else score(parts.val)
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
     if outcome.stopped:
-        return stopped(_counted(run, outcome))
+        return stopped(came_out(run, outcome))
     kept = Kept(Columns.of(model.num_classes, None)) if isinstance(goal, Classes) else None
     found = final_scores(model, score(parts.val, tta=settings.tta), run.path, settings, timing, kept)
     if kept is not None:
         kept.write(run.path, Truth.of(parts.val, goal.names, model.num_classes), here)
-    metrics = _counted(run, outcome) | _scored(found, goal, model, parts)
+    metrics = came_out(run, outcome) | _scored(found, goal, model, parts)
     if here.is_main:
         shown = EvalView(origin.img_size, settings.crop_pct or default_crop_pct(origin.img_size))
         goal.report(run.path, found, parts.val, model, shown, resolved.mean)  # type: ignore[arg-type]
@@ -164,17 +165,6 @@ def _classifier(settings: Finetune, origin: MaskedAutoencoder, num_classes: int)
     if settings.tune_blocks != "all":
         freeze_below(model, settings.tune_blocks)
     return model
-
-
-def _counted(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Return what the loop counted."""
-    return {
-        "run": str(run.path),
-        "steps": outcome.step,
-        "loss": outcome.loss,
-        "images_per_second": round(outcome.images_per_second, 1),
-        "state_sha256": outcome.state_sha256,
-    }
 
 
 def _scored(found: Sequence[Scored[Any]], goal: Goal, model: VisionTransformer, parts: Parts) -> dict[str, Any]:

@@ -147,9 +147,9 @@ def _read_cost(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         found = dict(json.loads(_cost_file(folder).read_text()))
     with contextlib.suppress(OSError):
-        records = read_metrics(folder / "metrics.jsonl")
-        trained = max((record.get("time", 0.0) for record in records), default=0.0)
-        found["seconds"] = max(found.get("seconds", 0.0), trained)
+        if records := read_metrics(folder / "metrics.jsonl"):
+            trained = max(record.get("time", 0.0) for record in records)
+            found["seconds"] = max(found.get("seconds", 0.0), trained)
     return found
 
 

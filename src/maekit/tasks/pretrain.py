@@ -25,6 +25,7 @@ from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import (
     Statistics,
+    came_out,
     channels_of,
     default_out,
     prepare,
@@ -105,13 +106,7 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
     optimizer = adamw(groups, betas=settings.betas, lr=plan.schedule.peak)
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here)
 
-    metrics: dict[str, Any] = {
-        "run": str(run.path),
-        "steps": outcome.step,
-        "loss": outcome.loss,
-        "images_per_second": round(outcome.images_per_second, 1),
-        "state_sha256": outcome.state_sha256,
-    }
+    metrics = came_out(run, outcome)
     if outcome.stopped:
         return stopped(metrics)
     if here.is_main:

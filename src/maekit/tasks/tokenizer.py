@@ -28,6 +28,7 @@ from maekit.settings import Tokenizer
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import (
+    came_out,
     channels_of,
     default_out,
     number_of_workers,
@@ -119,13 +120,7 @@ def _train(settings: Tokenizer, source: Source, run: Run, here: World) -> Result
     optimizer.register_step_post_hook(lambda *_: model.codebook.update())
     outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
 
-    metrics: dict[str, Any] = {
-        "run": str(run.path),
-        "steps": outcome.step,
-        "loss": outcome.loss,
-        "images_per_second": round(outcome.images_per_second, 1),
-        "state_sha256": outcome.state_sha256,
-    }
+    metrics = came_out(run, outcome)
     if outcome.stopped:
         return stopped(metrics)
     save_target(

@@ -24,6 +24,7 @@ from maekit.settings import Images, Loop, Seen, Settings, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, describe, deviating, same_data
 from maekit.train.device import World, check_compiler, launch, resolve_precision
+from maekit.train.loop import Outcome
 from maekit.train.schedule import schedule
 
 log = logging.getLogger("maekit")
@@ -295,6 +296,17 @@ def _first_image(source: Source) -> tuple[int, bool]:
     raise MaekitError(
         "E-DATA-BAD", f"{source.name}", found="no readable image among the first", hint="maekit data PATH"
     )
+
+
+def came_out(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Return what every training says of itself: run, steps, loss, images_per_second, state_sha256."""
+    return {
+        "run": str(run.path),
+        "steps": outcome.step,
+        "loss": outcome.loss,
+        "images_per_second": round(outcome.images_per_second, 1),
+        "state_sha256": outcome.state_sha256,
+    }
 
 
 def default_out(verb: str, data: str | None) -> Path:

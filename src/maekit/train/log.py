@@ -89,7 +89,9 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; a last line cut off by a kill is passed over."""
+    """Return the records of a metrics.jsonl, none of a file that is not there; a cut-off last line is left out."""
+    if not path.exists():
+        return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
