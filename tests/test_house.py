@@ -37,8 +37,10 @@ DOORS: dict[str, set[str]] = {
     "interchange": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
     "report": {"__init__", "errors", "settings", "seeds", "config", *ROOMS, "scores"},
     "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "scores", "interchange"},
+    "soak": {"__init__", "errors", "settings", "seeds", "failpoints", "train"},
     "tasks": {
         "__init__",
+        "soak",
         "errors",
         "settings",
         "seeds",
@@ -53,6 +55,7 @@ DOORS: dict[str, set[str]] = {
     },
     "cli": {"__init__", "errors", "settings", "recipes", "config", "tasks"},
     "__main__": {"cli"},
+    "zygote": {"cli", "failpoints"},
 }
 
 

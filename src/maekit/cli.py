@@ -208,6 +208,18 @@ VERBS: dict[str, Verb] = {
             "maekit convert mae_pretrain_vit_base_full.pth mae-hf --to transformers --target pixel",
         ),
     ),
+    "ckpt": Verb(
+        settings.Ckpt,
+        "maekit.tasks.ckpt",
+        "ckpt",
+        ("maekit ckpt list runs/a", "maekit ckpt prune runs/a --keep 1 --keep-every 1000 --dry-run"),
+    ),
+    "soak": Verb(
+        settings.Soak,
+        "maekit.tasks.soak",
+        "soak",
+        ("maekit soak --minutes 60", "maekit soak --minutes 5 --kinds kill,errno --seed 7 --json"),
+    ),
     "inspect": Verb(
         settings.Inspect,
         "maekit.tasks.inspect",

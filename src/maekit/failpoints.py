@@ -65,6 +65,16 @@ def read(text: str) -> dict[str, Fault]:
 _faults = read(os.environ.get(VARIABLE, ""))
 
 
+def arm(text: str) -> None:
+    """Let the faults of `text` happen in this process from now on, in place of the environment's.
+
+    Raises:
+        MaekitError: E-CONFIG-FAILPOINT.
+    """
+    _faults.clear()
+    _faults.update(read(text))
+
+
 def reach(name: str) -> bool:
     """Let the fault asked for at this place happen; return whether the place itself has to make it.
 

@@ -274,6 +274,10 @@ class Loop(Settings):
     compile: bool = setting(False, "compile the model with torch.compile (needs a C++ compiler on CPU)")
     save_every: int | None = setting(None, "steps between checkpoints; default: once per epoch", ge=1, resume="free")
     keep: int = setting(2, "newest checkpoints that stay on disk", ge=1, resume="free")
+    keep_every: int | None = setting(None, "checkpoints of multiples of this step stay, too", ge=1, resume="free")
+    save_errors: Literal["stop", "keep-going"] = setting(
+        "stop", "a checkpoint that cannot be written: stop, or train on and try the next", resume="free"
+    )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", ge=1)
     stop_at: int | None = setting(
         None, "stop after this step of the unchanged schedule, save, exit 75", ge=1, resume="free"
@@ -696,6 +700,34 @@ class Compare(Settings):
     a: Paths = setting([], "finished run, prediction file or seeds of one arm at commas: runs/a0,runs/a1")
     b: Paths = setting([], "the same for the other arm; seeds in the same order")
     out: Path | None = setting(None, "folder for report.html, table.csv and table.md")
+
+
+class Ckpt(Settings):
+    """List, verify, prune or repair the checkpoints of a run."""
+
+    positional: ClassVar[tuple[str, ...]] = ("action", "run")
+
+    action: Literal["list", "verify", "prune", "repair"] | None = setting(
+        None,
+        "list: steps, sizes, which are whole; verify: read all and compare sums; prune: delete all but the newest; "
+        "repair: put aside what is damaged",
+    )
+    run: Path | None = setting(None, "run folder")
+    keep: int = setting(2, "prune: newest checkpoints that verify and stay", ge=1)
+    keep_every: int | None = setting(None, "prune: those of multiples of this step stay, too", ge=1)
+    dry_run: bool = setting(False, "prune, repair: tell, do nothing")
+
+
+class Soak(Settings):
+    """Prove it: a small run under faults drawn at random, compared bit by bit with one left in peace."""
+
+    minutes: float = setting(1.0, "how long", gt=0)
+    seed: int = setting(0, "of the faults: the same seed draws the same ones", ge=0, lt=2**63)
+    kinds: Names | None = setting(
+        None, "kill,failpoint,signal,two,worker,flip,truncate,missing,swapped,errno,full,clock"
+    )
+    trial: int | None = setting(None, "only this one, as a report of a loss names it", ge=0)
+    out: Path | None = setting(None, "folder for what is left of a trial that lost something; default: not kept")
 
 
 class Reconstruct(Machine):

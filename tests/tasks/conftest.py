@@ -1,161 +1,25 @@
-"""Tiny real images, and the real command in processes that can be killed.
-
-Starting a process costs seconds of importing torch. So one parent process imports the tasks once and forks a child for
-each command; the child is a process (and a process group) of its own, that runs what ``python -m maekit`` runs.
-"""
+"""Tiny real images, and the real command in processes that can be killed (`maekit.soak.children`)."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from maekit.data.sources import open_source
-
-PARENT = """
-import json, os, resource, select, sys
-from maekit.cli import main
-import maekit.tasks.embed, maekit.tasks.finetune, maekit.tasks.knn, maekit.tasks.pretrain, maekit.tasks.probe
-import maekit.tasks.quickstart, maekit.tasks.reconstruct, maekit.tasks.lowshot, maekit.tasks.retrieve
-import maekit.tasks.predict
-
-def tell(**facts):
-    print(json.dumps(facts), flush=True)
-
-def start(argv, cwd, stdout, stderr, file_size):
-    os.setsid()
-    os.chdir(cwd)
-    for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-        os.close(handle)
-    if file_size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.argv = ["maekit", *argv]
-    sys.exit(main())
-
-tell(ready=True)
-while True:
-    if select.select([0], [], [], 0.02)[0]:
-        line = b""
-        while not line.endswith(b"\\n"):
-            if not (more := os.read(0, 1)):
-                sys.exit()
-            line += more
-        if (pid := os.fork()) == 0:
-            start(**json.loads(line))
-        tell(started=pid)
-    try:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        continue
-    if pid:
-        tell(ended=pid, code=os.waitstatus_to_exitcode(status))
-"""
-
-
-@dataclass
-class Command:
-    """A command that runs or ran.
-
-    Attributes:
-        code: exit code, negative when a signal killed it.
-    """
-
-    pid: int
-    folder: Path
-    parent: "Parent"
-    code: int = 0
-
-    def wait(self) -> "Command":
-        self.code = self.parent.wait(self.pid)
-        return self
-
-    def send(self, kind: signal.Signals) -> None:
-        """Send a signal to the whole process group, as a terminal or a scheduler does."""
-        os.killpg(self.pid, kind)
-
-    @property
-    def stdout(self) -> str:
-        return (self.folder / "stdout").read_text()
-
-    @property
-    def stderr(self) -> str:
-        file = self.folder / "stderr"
-        return file.read_text() if file.exists() else ""  # not yet: the child has not come so far
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """Return the object in the last line of stdout."""
-        return json.loads(self.stdout.splitlines()[-1])
-
-
-@dataclass
-class Parent:
-    """The process that has imported everything; `folder` takes what its children print."""
-
-    folder: Path
-    process: "subprocess.Popen[str]" = field(init=False)
-    ended: dict[int, int] = field(default_factory=dict)
-    count: int = 0
-
-    def __post_init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.hear("ready")
-
-    def hear(self, word: str) -> Any:
-        """Read what the parent tells until `word`; ends of children are noted on the way."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            facts = json.loads(line)
-            if "ended" in facts:
-                self.ended[facts["ended"]] = facts["code"]
-            if word in facts:
-                return facts[word]
-        raise AssertionError("the parent process is gone")
-
-    def start(self, *argv: str | Path, cwd: Path | None = None, file_size: int | None = None) -> Command:
-        self.count += 1
-        folder = self.folder / str(self.count)
-        folder.mkdir()
-        request = {
-            "argv": [str(word) for word in argv], "cwd": str(cwd or folder), "file_size": file_size,
-            "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"),
-        }  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return Command(self.hear("started"), folder, self)
-
-    def wait(self, pid: int) -> int:
-        while pid not in self.ended:
-            self.hear("ended")
-        return self.ended.pop(pid)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.read()
-        self.process.stdout.close()
-        self.process.wait()
+from maekit.soak.children import Children, Command
 
 
 @pytest.fixture(scope="session")
 def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
     """``background("pretrain", ...)`` starts a command; its `wait` ends it."""
-    parent = Parent(tmp_path_factory.mktemp("commands"))
-    yield parent.start
-    parent.close()
+    children = Children(tmp_path_factory.mktemp("commands"))
+    yield children.start
+    children.close()
 
 
 @pytest.fixture(scope="session")

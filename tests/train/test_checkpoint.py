@@ -1,6 +1,7 @@
 """A checkpoint verifies or is not there."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -27,6 +28,12 @@ def tensors(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
 
 def write(folder: Path, step: int, keep: int = 9) -> Path:
     return save(folder, step, tensors(step), {"window": [0.5]}, metadata=META, keep=keep)
+
+
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return it with the sum that vouches for what it says now."""
+    facts = {name: value for name, value in manifest.items() if name != "sha256"}
+    return {**facts, "sha256": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -89,8 +96,7 @@ def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) 
         file.write_bytes(data)
         with_flip = newest(tmp_path)
         assert with_flip is not None
-        # a bit of the manifest's own layout (a space, say) may be harmless: then the content is still the same
-        assert with_flip.step == 2 or torch.equal(with_flip.tensors["model"]["w"], tensors(2)["model"]["w"])
+        assert with_flip.step == 2
         shutil.rmtree(copy)
 
 
@@ -119,7 +125,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, names: list[str]) -> No
     path = write(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"] = {n: {"bytes": 1, "sha256": "0"} for n in names}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(signed(manifest)))
     with pytest.raises(MaekitError, match="E-CKPT-DAMAGED"):
         load(path)
 

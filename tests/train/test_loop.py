@@ -235,11 +235,11 @@ def test_log_lines_do_not_enter_the_digest(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     """The loss of the last step is finite, what it makes of the weights is not."""
-    model = network()
+    model, passes = network(), iter(range(9))
 
     def explode(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = step(module, batch)["loss"]
-        if not (tmp_path / "checkpoints" / "step-3").exists():
+        if next(passes) < 3:
             return {"loss": loss}
         return {"loss": loss + (0 * next(module.parameters()).sum()).sqrt()}  # 0, with a gradient that is not finite
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import time
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from maekit.config import deviations, dump_yaml, load_yaml, resolve
-from maekit.errors import MaekitError
+from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Loop, Place, Settings
 from maekit.tasks import Result
@@ -182,6 +183,8 @@ def alone(path: Path) -> Iterator[None]:
         return
     file = path / LOCK
     with file.open("a+", encoding="utf-8") as held:
+        held.seek(0)
+        holder = held.read(200)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not file.exists() or not os.path.samestat(
@@ -189,16 +192,13 @@ def alone(path: Path) -> Iterator[None]:
             ):  # its holder ended and deleted it just now
                 raise BlockingIOError
         except BlockingIOError:
-            held.seek(0)
-            raise MaekitError(
-                "E-ENV-BUSY",
-                f"--out {path}",
-                found=f"another process at work: {held.read(200) or 'just started'}",
-                expected="one at a time",
-                hint="wait for it, or another --out",
-            ) from None
-        except OSError as error:  # a file system without locks
+            raise _busy(path, holder, "wait for it, or another --out") from None
+        except OSError as error:  # a file system without locks: what the file says must do
+            if holder and not _ended(holder):
+                raise _busy(path, holder, f"wait for it; if it is gone, delete {file}") from None
             log.warning("%s cannot be locked (%s): start no second process in it", path, error.strerror)
+        if holder:
+            log.warning("%s: its last process (%s) ended without a word, going on in its place", path, clean(holder))
         held.truncate(0)
         held.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         held.flush()
@@ -209,6 +209,19 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
+
+
+def _busy(path: Path, holder: str, hint: str) -> MaekitError:
+    return MaekitError(
+        "E-ENV-BUSY", f"--out {path}", found=f"another process at work: {holder or 'just started'}",
+        expected="one at a time", hint=hint,
+    )  # fmt: skip
+
+
+def _ended(holder: str) -> bool:
+    """Whether the process that a lock names was one of this machine and is there no more."""
+    found = re.fullmatch(r"pid (\d+) on (\S+) since .*", holder)
+    return found is not None and found[2] == socket.gethostname() and not Path(f"/proc/{found[1]}").exists()
 
 
 @contextlib.contextmanager

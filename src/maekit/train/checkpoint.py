@@ -1,17 +1,24 @@
 """Checkpoints that either verify or are not there.
 
 A checkpoint is a folder ``step-N`` with safetensors, one JSON and a manifest of SHA-256 sums. It is written into a
-temporary folder, every file synced, the folder renamed and its parent synced: a kill at any instant leaves the old
-ones untouched (reliability: 50 of 50 kills survived with this order, 4 to 50 lost with others). The newest is the
-highest step that verifies, never the latest file time. Old ones are deleted only after a newer one is in place.
-No pickle anywhere.
+temporary folder, every file synced, read back from the disk and compared with what is in memory; then the folder is
+renamed and its parent synced: a kill at any instant leaves the old ones untouched (reliability: 50 of 50 kills survived
+with this order, 4 to 50 lost with others: benchmarks/kills.py). The newest is the highest step that verifies, never the
+latest file time. Old ones are deleted only after a newer one is in place. No pickle anywhere. `maekit.train.saver` does
+this beside training.
+
+Errors of the disk that may pass (`PASSING`) are tried again; what stays is one line, and nothing that was there is
+lost.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +30,26 @@ import torch
 from torch import Tensor
 
 from maekit.errors import MaekitError
+from maekit.failpoints import reach
 from maekit.settings import FORMAT
 
 log = logging.getLogger("maekit")
 
 Tensors = dict[str, Tensor]
 MANIFEST = "manifest.json"
+OWN = "sha256"
+"""Where a manifest keeps the sum of all else that it says."""
+PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+"""Errors after which the same may succeed: network shares that were away, file descriptors that others held."""
+WAITS = (0.1, 0.5, 2.0)
+"""Seconds before each new try."""
+PLAIN = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "larger than files may be",
+    errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission",
+    errno.EIO: "the disk fails", errno.ESTALE: "the network share was lost", errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files on this machine", errno.ENOENT: "the folder is gone",
+}  # fmt: skip
+"""What an errno means to whoever reads the message; the system's own words stand beside it."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +88,74 @@ def state_sha256(tensors: dict[str, Tensors], state: dict[str, Any]) -> str:
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], *, metadata: dict[str, str], keep: int
-) -> Path:
-    """Write ``folder/step-N`` so that it is whole or absent, then delete all but the newest `keep`.
+    folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], *, metadata: dict[str, str],
+    keep: int, keep_every: int | None = None,
+) -> Path:  # fmt: skip
+    """Write ``folder/step-N`` so that it is whole and verified, or absent; then delete those that need not stay.
+
+    Args:
+        keep: newest ones that stay.
+        keep_every: those of its multiples stay, too.
 
     Raises:
         MaekitError: E-STOP-DISK if writing failed and a verified checkpoint remains (the run can go on from it),
             E-ENV-DISK if none does.
     """
+    waits = iter(WAITS)
+    while True:
+        try:
+            final = _write(folder, step, tensors, state, metadata)
+            break
+        except OSError as error:
+            wait = next(waits, None) if error.errno in PASSING else None
+            if wait is None:
+                raise _cannot_write(folder, tensors, error) from error
+            log.warning("a checkpoint cannot be saved (%s), once more in %.1f s", told(error), wait)
+            time.sleep(wait)
+    try:
+        _forget_later(folder, step)
+        prune(folder, keep, keep_every)
+    except OSError as error:  # the new one is there; the next save tries again
+        log.warning("old checkpoints cannot be deleted: %s", told(error))
+    return final
+
+
+def _write(
+    folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], metadata: dict[str, str]
+) -> Path:
     final, temporary = folder / f"step-{step}", folder / f".tmp-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        sums = {}
-        for part, named in tensors.items():
-            data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in named.items()}, metadata)
-            sums[f"{part}.safetensors"] = _write(temporary / f"{part}.safetensors", data)
-        sums["state.json"] = _write(temporary / "state.json", json.dumps({**state, "step": step}).encode())
-        manifest = {"format": FORMAT, "step": step, "files": sums}
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sums = {f"{part}.safetensors": _write_tensors(temporary, part, tensors[part], metadata) for part in tensors}
+        sums["state.json"] = _write_json(temporary / "state.json", {**state, "step": step})
+        facts = {"format": FORMAT, "step": step, "files": sums}
+        _write_json(temporary / MANIFEST, {**facts, OWN: _sum_of(facts)}, indent=1)
         _sync(temporary)
+        reach("checkpoint-synced")
         if final.exists():  # one that did not verify, or the run would have gone on from it
-            _delete(final)
+            delete(final)
         temporary.rename(final)
+        reach("checkpoint-renamed")
         _sync(folder)
-    except OSError as error:
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _cannot_write(folder, tensors, error) from error
-    others = _steps(folder)
-    later = [path for path in others if _number(path) > step]  # none verified, or the run would have gone on from it
-    for old in later + [path for path in others if path not in later][keep:]:
-        _delete(old)
+        raise
+    reach("checkpoint-saved")
     return final
+
+
+def prune(folder: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep` and the multiples of `keep_every`."""
+    for old in steps(folder)[keep:]:
+        if not keep_every or number(old) % keep_every:
+            delete(old)
+
+
+def _forget_later(folder: Path, step: int) -> None:
+    """Delete those of later steps: none verified, or the run would have gone on from it."""
+    for later in [path for path in steps(folder) if number(path) > step]:
+        delete(later)
 
 
 def load(path: Path) -> Checkpoint:
@@ -107,21 +164,7 @@ def load(path: Path) -> Checkpoint:
     Raises:
         MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (written by a newer maekit) or E-CKPT-DAMAGED, naming the file.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        written, files, step = manifest["format"], dict(manifest["files"]), int(manifest["step"])
-    except FileNotFoundError as error:
-        raise MaekitError("E-CKPT-MISSING", f"checkpoint {path}", found=f"no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path / MANIFEST, "not a readable manifest") from error
-    if not isinstance(written, int) or written > FORMAT:
-        raise MaekitError(
-            "E-CKPT-FORMAT",
-            f"checkpoint {path}",
-            found=f"format {written}",
-            expected=f"at most {FORMAT}",
-            hint="a newer maekit",
-        )
+    files, step = _manifest(path)
     contents = {name: _read(path, name, files[name]) for name in files}
     if "state.json" not in contents or "model.safetensors" not in contents:
         raise _damaged(path / MANIFEST, "an incomplete list of files")
@@ -135,17 +178,77 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, step, tensors, state)
 
 
+def sizes(path: Path) -> None:
+    """Compare sizes alone with the manifest: quick, and finds what is missing or cut off.
+
+    Raises:
+        MaekitError: as `load`.
+    """
+    files, _ = _manifest(path)
+    for name in files:
+        _sized(path, name, files[name])
+
+
+def _manifest(path: Path) -> tuple[dict[str, Any], int]:
+    """Return what the manifest says of each file, and the step."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        written, step = manifest["format"], int(manifest["step"])
+        files = {name: dict(facts) for name, facts in manifest["files"].items()}
+        own = manifest.pop(OWN)
+    except FileNotFoundError as error:
+        raise MaekitError("E-CKPT-MISSING", f"checkpoint {path}", found=f"no {MANIFEST}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path / MANIFEST, "not a readable manifest") from error
+    if not isinstance(written, int) or written > FORMAT:
+        raise MaekitError(
+            "E-CKPT-FORMAT",
+            f"checkpoint {path}",
+            found=f"format {written}",
+            expected=f"at most {FORMAT}",
+            hint="a newer maekit",
+        )
+    if own != _sum_of(manifest):
+        raise _damaged(path / MANIFEST, "another SHA-256 than its own")
+    return files, step
+
+
+def _sum_of(facts: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's facts: a flipped bit in a number of it would pass otherwise."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def not_finite(tensors: dict[str, Tensors]) -> str | None:
+    """Return the name of the first weights, or average of them, that are not all finite."""
+    named = (item for part in ("model", "ema") for item in tensors.get(part, {}).items())
+    return next((name for name, value in named if not bool(value.isfinite().all())), None)
+
+
+def sound(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint that training can go on from.
+
+    Raises:
+        MaekitError: as `load`; E-CKPT-NAN.
+    """
+    found = load(path)
+    if lost := not_finite(found.tensors):
+        raise MaekitError(
+            "E-CKPT-NAN", f"checkpoint {path}", found=f"NaN or infinity in {lost}", expected="finite numbers"
+        )
+    return found
+
+
 def newest(folder: Path) -> Checkpoint | None:
-    """Return the highest step that verifies; pass over damaged ones with a line each.
+    """Return the highest step that verifies and is finite; pass over others with a line each.
 
     Changes nothing on the disk: another process may be in the middle of a save.
 
     Raises:
         MaekitError: E-CKPT-FORMAT if a newer maekit wrote it.
     """
-    for path in _steps(folder):
+    for path in steps(folder):
         try:
-            return load(path)
+            return sound(path)
         except MaekitError as error:
             if error.code == "E-CKPT-FORMAT":
                 raise
@@ -160,30 +263,73 @@ def delete_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Return the ``step-N`` folders, newest first by number."""
+def steps(folder: Path) -> list[Path]:
+    """Return the ``step-N`` folders, verified or not, newest first by number."""
     found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=_number, reverse=True)
+    return sorted(found, key=number, reverse=True)
 
 
-def _number(path: Path) -> int:
+def number(path: Path) -> int:
+    """Return N of ``step-N``."""
     return int(path.name.removeprefix("step-"))
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
+def _write_tensors(folder: Path, part: str, named: Tensors, metadata: dict[str, str]) -> dict[str, Any]:
+    """Write one file of tensors and read it back: its sum is that of bytes that were on the disk and are right."""
+    path = folder / f"{part}.safetensors"
+    path.open("xb").close()
+    mode = path.stat().st_mode  # as the umask has it: safetensors would make it 0600
+    ours = {name: value.detach().cpu().contiguous() for name, value in named.items()}
+    reach("checkpoint-opened")
+    try:
+        safetensors.torch.save_file(ours, path, metadata)  # lets other threads run, unlike `save`
+    except safetensors.SafetensorError as error:
+        raise _as_os_error(error, path) from error
+    path.chmod(mode)
+    reach("checkpoint-written")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that what is read comes from the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+    theirs = safetensors.torch.load_file(path)
+    if reach("checkpoint-read-back") or not all(_same_bits(ours[name], theirs[name]) for name in ours):
+        raise OSError(errno.EIO, "what was read back is not what was written", str(path))
+    return {"bytes": size, "sha256": digest}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (a, b)))
+
+
+def _as_os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
+    """Return the error of the system that safetensors tells in words."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else str(error), str(path))
+
+
+def _write_json(path: Path, value: dict[str, Any], indent: int | None = None) -> dict[str, Any]:
+    data = json.dumps(value, indent=indent).encode()
     with path.open("xb") as file:
         file.write(data)
         file.flush()
+        reach("checkpoint-written")
         os.fsync(file.fileno())
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _read(folder: Path, name: str, expected: dict[str, Any]) -> bytes:
+def _sized(folder: Path, name: str, expected: dict[str, Any]) -> None:
     if Path(name).name != name or not (folder / name).is_file():
         raise _damaged(folder / name, "no such file")
     size = (folder / name).stat().st_size
     if size != expected.get("bytes"):
         raise _damaged(folder / name, f"{size} bytes, the manifest says {expected.get('bytes')}")
+
+
+def _read(folder: Path, name: str, expected: dict[str, Any]) -> bytes:
+    _sized(folder, name, expected)
     data = (folder / name).read_bytes()
     if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
         raise _damaged(folder / name, "another SHA-256 than the manifest's")
@@ -198,10 +344,11 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _delete(path: Path) -> None:
-    """Rename first, so that a kill in the middle leaves rubbish with a name, not half a checkpoint."""
+def delete(path: Path) -> None:
+    """Delete a checkpoint: renamed first, so that a kill in the middle leaves rubbish with a name, not half of one."""
     doomed = path.with_name(f".tmp-{uuid.uuid4().hex}")
     path.rename(doomed)
+    reach("checkpoint-pruned")
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -217,7 +364,7 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
     except (OSError, MaekitError):
         free, remains = "", None
     what = f"cannot save a checkpoint in {folder}"
-    found = f"{error.strerror or error} ({needed / 1e6:,.0f} MB needed{free})"
+    found = f"{told(error)} ({needed / 1e6:,.0f} MB needed{free})"
     if remains is None:
         return MaekitError("E-ENV-DISK", what, found=found, hint="free some space; nothing had been saved yet")
     return MaekitError(
@@ -226,3 +373,10 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
         found=found,
         hint=f"free some space, then the same command goes on from {remains.path.name}",
     )
+
+
+def told(error: OSError) -> str:
+    """Return what an error of the system means, in plain words and in its own."""
+    own = error.strerror or str(error)
+    plain = PLAIN.get(error.errno or 0)
+    return f"{plain}: {own}" if plain else own

@@ -4,12 +4,14 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -66,6 +68,29 @@ class World:
         parts = [torch.zeros_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=_cpu_group())
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def circumstances(world: World, micro_batch: int) -> dict[str, Any]:
+    """Return what rounding depends on beside the settings: under another value a run goes on, but not to the same bits.
+
+    Args:
+        micro_batch: images per process and pass.
+    """
+    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    versions = {"torch": torch.__version__}
+    if world.device.type == "cpu":
+        versions |= {"cpu": _cpu_model(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        versions |= {"threads": torch.get_num_threads()}
+    return {**versions, "device": kind, "processes": world.size, "micro_batch": micro_batch}
+
+
+def _cpu_model() -> str:
+    """Return what the system calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 _group: dict[str, Any] = {}

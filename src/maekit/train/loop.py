@@ -29,8 +29,9 @@ from maekit.seeds import seed_all
 from maekit.settings import Loop
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS, Best
-from maekit.train.device import World
+from maekit.train.device import World, circumstances
 from maekit.train.log import Log
+from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
 from maekit.train.state import DIVERGED, Average, State
 
@@ -162,7 +163,8 @@ def fit(
     """
     settings, schedule = plan.settings, plan.schedule
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
-    state = State(model, optimizer, scaler, Average(model, settings.ema) if settings.ema else None)
+    average = Average(model, settings.ema) if settings.ema else None
+    state = State(model, optimizer, scaler, average, circumstances(world, loader.micro_batch))
     folder = run / "checkpoints"
     if world.is_main:
         checkpoint.delete_leftovers(folder)
@@ -170,6 +172,7 @@ def fit(
     if saved is not None:
         state.restore(saved)
         log.info("going on from %s", saved.path)
+        _say_what_is_different(saved.state.get("circumstances", {}), state.circumstances)
     call = _wrap(model, step_function, settings, world)
     stop = min(schedule.total, settings.stop_at or schedule.total)
     save_every = settings.save_every or schedule.steps_per_epoch
@@ -198,19 +201,20 @@ def fit(
         flush()
         world.share_buffers(model)
         if world.is_main and saved_at != state.step:
-            state.check_finite()
-            checkpoint.save(
-                folder, state.step, state.tensors(), state.numbers(), metadata=plan.metadata, keep=settings.keep
-            )
+            saver.save(state.step, state.tensors(), state.numbers())
         saved_at = state.step
 
-    with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals:
+    saver = Saver(
+        folder, plan.metadata, keep=settings.keep, keep_every=settings.keep_every, errors=settings.save_errors
+    )
+    with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals, saver:
         stopped = state.step >= stop and stop < schedule.total
         for micro_batches in loader.steps(state.step, stop):
             try:
                 _train_step(call, micro_batches, state, plan, loader.sizes(state.step), world, pending)
             except RuntimeError as error:
                 raise _out_of_memory(error, loader.micro_batch, saved_at) or error from None
+            saver.look()
             if state.step % settings.log_every == 0 or state.step == schedule.total:
                 flush()
                 loss = state.loss = math.fsum(state.window) / len(state.window)
@@ -239,11 +243,18 @@ def fit(
                 stopped = True
                 break
         save()
+        saver.wait(last=True)
         if evaluate and not scores and state.step == schedule.total:  # killed after the last save
             scores = _scores(evaluate, model, state.average)
         world.barrier()
     rate = (state.step - first) * loader.batch_size / max(1e-9, time.monotonic() - began)
     return Outcome(state.step, state.mean_loss(), rate, state.sha256(), scores, stopped)
+
+
+def _say_what_is_different(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if changed:
+        log.warning("not bit-exact from here on: %s", ", ".join(changed))
 
 
 def _train_step(

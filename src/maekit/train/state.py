@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: Average | None
+    circumstances: dict[str, Any] = field(default_factory=dict)
+    """What rounding depends on beside the settings (`maekit.train.device.circumstances`)."""
     step: int = 0
     window: tuple[float, ...] = ()
     """Losses of the steps since the last log line."""
@@ -74,29 +76,13 @@ class State:
     def numbers(self) -> dict[str, Any]:
         """Return all else that a checkpoint keeps, as plain JSON."""
         scaler = self.scaler.state_dict()
-        return {"step": self.step, "window": list(self.window), "loss": self.loss, "scaler": scaler}
+        losses = {"window": list(self.window), "loss": self.loss}
+        return {"step": self.step, **losses, "scaler": scaler, "circumstances": self.circumstances}
 
     def sha256(self) -> str:
         """Return the digest that a checkpoint of this state has."""
         numbers = self.numbers()
         return checkpoint.state_sha256(self.tensors(), {name: numbers[name] for name in checkpoint.DECIDING})
-
-    def check_finite(self) -> None:
-        """Refuse to keep weights that are lost.
-
-        Raises:
-            MaekitError: E-NUM-WEIGHTS, naming the first tensor.
-        """
-        parts = self.tensors()
-        for name, value in (parts["model"] | parts.get("ema", {})).items():
-            if not bool(value.isfinite().all()):
-                raise MaekitError(
-                    "E-NUM-WEIGHTS",
-                    f"weights after step {self.step}",
-                    found=f"NaN or infinity in {name}",
-                    expected="finite numbers",
-                    hint=DIVERGED,
-                )
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last log line, or that line's own."""

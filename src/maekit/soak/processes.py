@@ -1,0 +1,111 @@
+"""Faults of processes: killed, signalled, two at once, loader workers that die or hang."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from random import Random
+
+from maekit.soak.bench import STEPS, Bench, Lost, check_said
+from maekit.soak.children import Command
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def kill(bench: Bench, run: Path, random: Random) -> int:
+    """F1: kill -9 at any moment, up to three times, with and without workers."""
+    newest = worst = 0
+    for _ in range(random.randint(1, 3)):
+        command = bench.command(run, *_habits(random))
+        time.sleep(random.uniform(0, 1.2 * bench.seconds))
+        command.send(signal.SIGKILL, group=random.random() < 0.5)
+        code = command.wait().code
+        if not command.group_is_gone(10):
+            raise Lost("a process outlives kill -9 of its parent by more than 10 s")
+        if code == 0:
+            break
+        if code != -signal.SIGKILL:
+            raise Lost(f"exit code {code}")
+        newest = bench.check_verified(run, newest if newest else -1)
+        worst = max(worst, bench.redone(run))
+    bench.finish(run, *_habits(random))
+    return worst
+
+
+def stop(bench: Bench, run: Path, random: Random) -> int:
+    """F13: a signal at any moment, to the group or to the process; sometimes a second one at once."""
+    command = bench.command(run, *_habits(random))
+    time.sleep(random.uniform(0, 1.2 * bench.seconds))
+    kind, group = random.choice(SIGNALS), random.random() < 0.5
+    for _ in range(random.randint(1, 2)):
+        try:
+            command.send(kind, group=group)
+        except ProcessLookupError:
+            break
+        time.sleep(random.uniform(0, 0.3))
+    command.wait()
+    newest = bench.check_verified(run)
+    if newest >= 0:
+        check_said(command, 0, 75)
+    else:  # nothing could be saved; before Python's own handlers are ours, the signal itself ends it
+        check_said(command, 0, 75, 130, 138, 143, -kind)
+    if command.code == 75 and command.json["steps"] != newest:
+        raise Lost(f"says step {command.json['steps']}, and the newest checkpoint is {newest}")
+    if not command.group_is_gone(10):
+        raise Lost("a process is left")
+    redone = bench.redone(run)
+    bench.finish(run, *_habits(random))
+    return redone
+
+
+def two(bench: Bench, run: Path, random: Random) -> int:
+    """F10: two processes at once on one run: one does it, the other says that it is busy."""
+    first = bench.command(run, "--workers", "0")
+    time.sleep(random.uniform(0, bench.seconds))
+    second = bench.command(run, "--workers", "0").wait()
+    first.wait()
+    for command in (first, second):
+        check_said(command, 0, 5, pattern="E-ENV-BUSY" if command.code == 5 else "")
+    if first.code and second.code:
+        raise Lost("neither did it")
+    bench.finish(run, "--workers", "0")
+    return 0
+
+
+def worker(bench: Bench, run: Path, random: Random) -> int:
+    """F29: a loader worker is killed; the same batch is made again."""
+    command = bench.command(run, "--workers", "2", "--save-every", "6")
+    end = time.monotonic() + 20
+    while not (workers := _workers(command)) and time.monotonic() < end and not command.group_is_gone():
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.5))
+    for pid in workers[: random.randint(1, 2)]:
+        try:
+            os.kill(pid, random.choice((signal.SIGKILL, signal.SIGSEGV)))
+        except ProcessLookupError:
+            continue
+    command.wait()
+    check_said(command, 0)
+    if command.json["state_sha256"] != bench.digest:
+        raise Lost("other bits after the death of a worker")
+    bench.finish(run, "--workers", "0")
+    return 0
+
+
+def _workers(command: Command) -> list[int]:
+    """Return the loader workers of a command: children of its fork server."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    return sorted(pid for pid, parent in parents.items() if parents.get(parent) == command.pid)
+
+
+def _habits(random: Random) -> list[str]:
+    """Return settings that change no bit."""
+    every, keep = random.randint(1, STEPS // 3), random.randint(1, 3)
+    return ["--save-every", str(every), "--keep", str(keep), "--workers", str(random.choice((0, 0, 2)))]

@@ -1,0 +1,146 @@
+"""Kill it, starve it, lie to it, for as long as you like: a real small run under faults drawn at random.
+
+Trial number N of seed S is always the same fault: ``--seed S --trial N`` does it again. Exit code 0 only if all
+survived: the final state equal bit by bit to that of a run left in peace, every checkpoint on the disk verified,
+nothing left behind.
+"""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from maekit.errors import MaekitError
+from maekit.report.evaluation import aligned
+from maekit.seeds import mix
+from maekit.settings import Soak
+from maekit.soak import processes, storage
+from maekit.soak.bench import Bench, Lost, make
+from maekit.tasks import Result
+from maekit.tasks.run_folder import typed
+from maekit.train.log import clock
+
+log = logging.getLogger("maekit")
+
+Kind = Callable[[Bench, Path, Random], int]
+KINDS: dict[str, tuple[Kind, int]] = {
+    "kill": (processes.kill, 3),
+    "failpoint": (storage.failpoint, 2),
+    "signal": (processes.stop, 2),
+    "two": (processes.two, 1),
+    "worker": (processes.worker, 1),
+    "flip": (storage.flip, 4),
+    "truncate": (storage.truncate, 2),
+    "missing": (storage.missing, 1),
+    "swapped": (storage.swapped, 1),
+    "errno": (storage.errno, 3),
+    "full": (storage.full, 1),
+    "clock": (storage.clock, 1),
+}
+"""Kinds of faults, and how often each is drawn in proportion to the others."""
+
+
+@dataclass
+class Tally:
+    """What became of the trials of a kind.
+
+    Attributes:
+        worst: most steps that had to be done again.
+        lost: number of each trial that broke a promise, and which.
+    """
+
+    trials: int = 0
+    worst: int = 0
+    lost: list[tuple[int, str]] = field(default_factory=list)
+
+
+def soak(settings: Soak | dict[str, Any]) -> Result:
+    """Run trials for as long as asked, and count.
+
+    Returns:
+        kinds: of each, trials, survived, worst; lost: what to replay; exit code 1 if anything was lost.
+
+    Raises:
+        MaekitError: E-USAGE-KIND; E-ENV-SOAK if not even the run left in peace goes through.
+    """
+    settings = typed(Soak, settings)
+    kinds = settings.kinds or list(KINDS)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise MaekitError("E-USAGE-KIND", "setting kinds", found=unknown[0], expected=", ".join(KINDS))
+    with tempfile.TemporaryDirectory(prefix="maekit-soak-") as folder:
+        try:
+            bench = make(Path(folder), settings.seed)
+        except Lost as error:
+            raise MaekitError("E-ENV-SOAK", "the run left in peace", found=str(error)) from error
+        try:
+            tallies = _trials(settings, kinds, bench)
+        finally:
+            bench.children.close()
+    return _result(settings, tallies)
+
+
+def _trials(settings: Soak, kinds: list[str], bench: Bench) -> dict[str, Tally]:
+    tallies = {kind: Tally() for kind in kinds}
+    log.info("reference run: %.1f s, state %s", bench.seconds, bench.digest[:12])
+    end = time.monotonic() + 60 * settings.minutes
+    number, told = settings.trial or 0, time.monotonic()
+    while time.monotonic() < end:
+        random = Random(mix(settings.seed, number))
+        kind = random.choices(kinds, [KINDS[kind][1] for kind in kinds])[0]
+        run = bench.folder / f"trial-{number}"
+        tallies[kind].trials += 1
+        try:
+            tallies[kind].worst = max(tallies[kind].worst, KINDS[kind][0](bench, run, random))
+        except Lost as error:
+            tallies[kind].lost.append((number, str(error)))
+            log.warning("LOST trial %d, %s: %s%s", number, kind, error, _kept(settings, run))
+        shutil.rmtree(run, ignore_errors=True)
+        if settings.trial is not None:
+            break
+        number += 1
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            lost = sum(len(tally.lost) for tally in tallies.values())
+            log.info("%d trials, %d lost, %s left", number, lost, clock(max(0.0, end - told)))
+    return tallies
+
+
+def _kept(settings: Soak, run: Path) -> str:
+    """Keep the folder of a trial that lost something."""
+    if settings.out is None:
+        return ""
+    place = settings.out / run.name
+    shutil.rmtree(place, ignore_errors=True)
+    if run.exists():
+        shutil.copytree(run, place)
+    return f" (kept in {place})"
+
+
+def _result(settings: Soak, tallies: dict[str, Tally]) -> Result:
+    rows = [("kind", "trials", "survived", "worst: steps done again")]
+    rows += [
+        (kind, str(one.trials), str(one.trials - len(one.lost)), str(one.worst))
+        for kind, one in tallies.items() if one.trials
+    ]  # fmt: skip
+    lost = [(number, kind, what) for kind, one in tallies.items() for number, what in one.lost]
+    words = " ".join(["--kinds", ",".join(settings.kinds)] if settings.kinds else [])
+    lines = [
+        f"lost: {what}\n  again: maekit soak --seed {settings.seed} --trial {number} {words}".rstrip()
+        for number, _, what in sorted(lost)
+    ]
+    total = sum(one.trials for one in tallies.values())
+    metrics: dict[str, object] = {
+        "seed": settings.seed, "trials": total, "survived": total - len(lost),
+        "kinds": {
+            kind: {"trials": one.trials, "survived": one.trials - len(one.lost), "worst": one.worst}
+            for kind, one in tallies.items()
+        },
+        "lost": [{"trial": number, "kind": kind, "what": what} for number, kind, what in sorted(lost)],
+    }  # fmt: skip
+    end = f"{total} trials, {len(lost)} lost"
+    return Result(metrics, "\n".join([*aligned(rows), *lines, end]), int(bool(lost)))

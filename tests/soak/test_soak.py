@@ -1,0 +1,70 @@
+"""Each kind of fault, some trials of each; and what breaks a promise is noticed, told, and can be done again."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from maekit.errors import MaekitError
+from maekit.soak.bench import Bench, Lost, copied, make
+from maekit.soak.storage import SAVING, flip
+from maekit.tasks.soak import KINDS, soak
+from maekit.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    made = make(tmp_path_factory.mktemp("soak"), seed=0)
+    yield made
+    made.children.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_of_every_kind_changes_no_bit(bench: Bench, kind: str, number: int, tmp_path: Path) -> None:
+    KINDS[kind][0](bench, tmp_path / "run", Random(number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", SAVING)
+def test_a_kill_at_every_place_of_a_save_leaves_the_step_or_the_one_before(
+    bench: Bench, place: str, tmp_path: Path
+) -> None:
+    """F2. The second save, of step 8, is the one that is killed."""
+    died = bench.faulty(
+        tmp_path / "run", f"{place}:kill@2", "--save-every", "4", "--keep", "2", "--workers", "0"
+    ).wait()
+    assert died.code == -9, died.stderr
+    newest = bench.check_verified(tmp_path / "run")
+    assert newest in (4, 8, 12)  # the first place of a save is reached twice within one of several files
+    bench.finish(tmp_path / "run", "--workers", "0")
+
+
+@pytest.mark.slow
+def test_a_broken_promise_is_noticed(bench: Bench, tmp_path: Path) -> None:
+    other = replace(bench, digest="0" * 64)
+    other.template = bench.template
+    with pytest.raises(Lost, match="other bits at the end"):
+        flip(other, tmp_path / "bits", Random(0))
+    run = copied(bench, tmp_path / "run")
+    (checkpoint.steps(run / "checkpoints")[0] / "state.json").write_text("{}")
+    with pytest.raises(Lost, match="step-18 does not verify"):
+        bench.check_verified(run)
+    (run / ".tmp-left").write_text("")
+    done = bench.children.start("ckpt", "list", run).wait()
+    with pytest.raises(Lost, match=r"left behind: \.tmp-left"):
+        bench.check_tidy(run, done)
+
+
+@pytest.mark.slow
+def test_the_command_draws_the_same_trial_again() -> None:
+    found = [soak({"seed": 3, "trial": 7, "minutes": 1}) for _ in range(2)]
+    assert found[0].metrics == found[1].metrics and found[0].metrics["trials"] == 1 and found[0].exit_code == 0
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(MaekitError, match=r"E-USAGE-KIND.*earthquake"):
+        soak({"kinds": "earthquake"})
