@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 import types
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, debug = "--json" in options, "--debug" in options
     with _messages_on_stderr(debug):
         try:
-            code = _print_result(_run(words), as_json)
+            code = _print_result(_done(words, own_process=argv is None), as_json)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
@@ -273,6 +274,16 @@ def clean_word(word: str) -> str:
     """Return a flag as this program spells it: ``--mask_ratio=0.5`` is ``--mask-ratio=0.5``."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", name) else word
+
+
+def _done(words: list[str], *, own_process: bool) -> Result:
+    """Run; what it came to is decided then, and a signal that comes while the process ends changes it no more."""
+    try:
+        return _run(words)
+    finally:
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1") if own_process else ():
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _run(words: list[str]) -> Result:
