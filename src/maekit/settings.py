@@ -143,6 +143,7 @@ class Processes(Machine):
     """Where it runs"""
 
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
+    peer_timeout: float = setting(300.0, "seconds to wait for another process before giving up", gt=0, resume="free")
 
 
 class Place(Settings):
@@ -288,6 +289,7 @@ class Loop(Settings):
         resume="free",
     )
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
+    peer_timeout: float = setting(300.0, "seconds to wait for another process before giving up", gt=0, resume="free")
 
 
 class Views(Settings):

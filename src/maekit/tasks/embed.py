@@ -50,7 +50,7 @@ def embed(settings: Embed | dict[str, Any]) -> Result:
         raise MaekitError("E-USAGE-DATA", "no images named", hint="--data FOLDER, or --data builtin:fashion")
     if (result := spread(settings, embed)) is not None:
         return result
-    with world(settings.device) as here:
+    with world(settings.device, settings.peer_timeout) as here:
         source = open_source(
             settings.data, None, image_column=settings.image_column, label_column=settings.label_column
         )

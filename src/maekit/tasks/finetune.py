@@ -63,7 +63,7 @@ def finetune(settings: Finetune | dict[str, Any], splits: tuple[Source, Source] 
         return result
     if settings.eval_only:
         return evaluate_only(settings, None if splits is None else splits[1])
-    with world(settings.device) as here:
+    with world(settings.device, settings.peer_timeout) as here:
         run = open_run(settings.out or default_out("finetune", settings.data), "finetune", settings)
         return carry_out(run, lambda: _train(settings, Parts.of(settings, *(splits or splits_of(settings))), run, here))
 

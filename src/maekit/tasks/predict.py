@@ -51,7 +51,7 @@ def predict(settings: Predict | dict[str, Any]) -> Result:
     source = _images(settings)
     if (result := spread(settings, predict)) is not None:
         return result
-    with world(settings.device) as here:
+    with world(settings.device, settings.peer_timeout) as here:
         subject = load_subject(settings.run, here, crop_pct=settings.crop_pct, precision=settings.precision)
         channels_of(source, len(subject.mean))
         score = scorer(

@@ -61,7 +61,7 @@ def pretrain(settings: Pretrain | dict[str, Any], dataset: Any = None) -> Result
     settings = typed(Pretrain, settings)
     if (result := spread(settings, pretrain, dataset)) is not None:
         return result
-    with world(settings.device) as here:
+    with world(settings.device, settings.peer_timeout) as here:
         run = open_run(settings.out or default_out("pretrain", settings.data), "pretrain", settings)
         return carry_out(run, lambda: _train(settings, unlabelled(settings, dataset, settings.channels), run, here))
 

@@ -68,7 +68,7 @@ def tokenizer(settings: Tokenizer | dict[str, Any], dataset: Any = None) -> Resu
     """
     settings = typed(Tokenizer, settings)
     _refuse(settings)
-    with world(settings.device) as here:
+    with world(settings.device, settings.peer_timeout) as here:
         run = open_run(settings.out or default_out("tokenizer", settings.data), "tokenizer", settings)
         return carry_out(run, lambda: _train(settings, unlabelled(settings, dataset, settings.channels), run, here))
 

@@ -12,6 +12,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from maekit import __version__
 from maekit.data.augment import PretrainView
 from maekit.data.check import check
 from maekit.data.image import read_image, sniff
@@ -22,7 +23,7 @@ from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
 from maekit.settings import Images, Loop, Seen, Settings, Views
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Resolved, Run, describe, deviating, same_data
+from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating, same_data
 from maekit.train.device import World, check_compiler, launch, resolve_precision
 from maekit.train.loop import Outcome
 from maekit.train.schedule import schedule
@@ -84,10 +85,14 @@ def prepare(
         per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
 
     Raises:
-        MaekitError: E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION,
-            E-ENV-COMPILER.
+        MaekitError: E-CONFIG-PROCESSES, E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED,
+            E-ENV-PRECISION, E-ENV-COMPILER.
     """
     fingerprint = source.fingerprint()
+    told = {f"setting {name}": str(value) for name, value in deciding(settings).items()}
+    world.agree(
+        {"version of maekit": __version__, "version of torch": torch.__version__, "images": fingerprint, **told}
+    )
     same_data(run, len(source), fingerprint)
     batch = min(loop.batch_size, len(source))
     if loop.compile:

@@ -1,16 +1,20 @@
 """Which device, which precision, which processes: asked of the machine once, never assumed."""
 
 import contextlib
+import faulthandler
+import hashlib
 import logging
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -51,6 +55,26 @@ class World:
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Refuse to begin where processes were told different things.
+
+        Args:
+            facts: by name; every process has the same names.
+
+        Raises:
+            MaekitError: E-CONFIG-PROCESSES, naming the first fact that differs.
+        """
+        if self.size == 1:
+            return
+        sums = [int.from_bytes(hashlib.sha256(facts[name].encode()).digest()[:7], "big") for name in sorted(facts)]
+        rows = self.gather(torch.tensor([sums]))
+        wrong = [name for name, column in zip(sorted(facts), rows.T, strict=True) if len(column.unique()) > 1]
+        if wrong:
+            raise MaekitError(
+                "E-CONFIG-PROCESSES", "the processes of this run", found=f"different {', '.join(wrong)}",
+                expected="the same on every machine", hint="the same command, code and images everywhere",
+            )  # fmt: skip
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -174,11 +198,21 @@ def _cpu_does_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+PEER_TIMEOUT = 300.0
+"""Seconds that a process waits for the others: torch's own half an hour is a night's GPU time on a large cluster."""
+
+
 @contextlib.contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str, peer_timeout: float = PEER_TIMEOUT) -> Iterator[World]:
     """Join the processes of this run (torchrun's environment) or be the only one; leave them at the end.
 
     gloo on CPU, nccl on CUDA with a gloo group beside it.
+
+    Args:
+        peer_timeout: seconds to wait for the others, here and in every exchange.
+
+    Raises:
+        MaekitError: E-ENV-PEER if one does not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -189,8 +223,15 @@ def world(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = resolve_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    _group["gloo"] = dist.new_group(backend="gloo") if chosen.type == "cuda" else None
+    waits = timedelta(seconds=peer_timeout)
+    try:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=waits)
+    except (dist.DistError, RuntimeError) as error:
+        raise MaekitError(
+            "E-ENV-PEER", f"process {rank} of {size}", found=f"no word of all others: {str(error).splitlines()[0]}",
+            expected=f"all within {peer_timeout:g} s", hint="start all, with the same address and a free port",
+        ) from error  # fmt: skip
+    _group["gloo"] = dist.new_group(backend="gloo", timeout=waits) if chosen.type == "cuda" else None
     try:
         yield World(rank, size, chosen)
     finally:
@@ -198,11 +239,50 @@ def world(device: str) -> Iterator[World]:
         _group.clear()
 
 
+GONE = (
+    "closed by peer",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "socket closed",
+    "remote process exited",
+)
+"""What torch says where another process has ended or hangs."""
+
+
+def without_peer(error: RuntimeError, step: int, saved_at: int, run: Path) -> MaekitError | None:
+    """Say what an exchange that failed means; None for any other error.
+
+    Where the other hangs, what all threads of this process were doing is written into the run folder.
+
+    Args:
+        step: that was being done.
+        saved_at: step of the newest checkpoint, -1 if there is none.
+    """
+    text = str(error).lower()
+    if not dist.is_initialized() or not any(word in text for word in GONE):
+        return None
+    hangs = "time" in text
+    told = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[-1]).partition(". ")[0]  # less its place in torch's code
+    if hangs:
+        with contextlib.suppress(OSError), (run / f"hang-{dist.get_rank()}.txt").open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+    return MaekitError(
+        "E-STOP-PEER" if saved_at >= 0 else "E-ENV-PEER", f"step {step + 1}",
+        found=f"another process that {'hangs' if hangs else 'is gone'} ({told})",
+        expected="all processes to the end",
+        hint=(f"the same command goes on from step {saved_at}; " if saved_at >= 0 else "")
+        + "what became of the other stands in its own output; memory is the usual reason",
+    )  # fmt: skip
+
+
 def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
     """Run `task` in `nproc` processes on this machine through torchrun's launcher; return what rank 0 returned.
 
     Raises:
         SystemExit: with the exit code of the first process that failed (its message is on stderr already).
+        MaekitError: E-ENV-PEER if a signal ended it, as the system does when memory is short.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -228,7 +308,15 @@ def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
         with _forwarded(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             return elastic_launch(config, _in_child)(task, *args)[0]
     except ChildFailedError as error:
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise MaekitError(
+                "E-ENV-PEER", f"process {rank} of {nproc}", found=f"its end by {name}",
+                hint="--micro-batch with fewer images if memory was the reason; the same command goes on from the "
+                "newest checkpoint, if there is one",
+            ) from None  # fmt: skip
+        raise SystemExit(failure.exitcode) from None
 
 
 @contextlib.contextmanager

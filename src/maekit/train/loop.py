@@ -29,7 +29,7 @@ from maekit.seeds import seed_all
 from maekit.settings import Loop
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS, Best
-from maekit.train.device import World, circumstances
+from maekit.train.device import World, circumstances, without_peer
 from maekit.train.log import Log
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
@@ -213,7 +213,8 @@ def fit(
             try:
                 _train_step(call, micro_batches, state, plan, loader.sizes(state.step), world, pending)
             except RuntimeError as error:
-                raise _out_of_memory(error, loader.micro_batch, saved_at) or error from None
+                known = _out_of_memory(error, loader.micro_batch, saved_at)
+                raise known or without_peer(error, state.step, saved_at, run) or error from None
             saver.look()
             if state.step % settings.log_every == 0 or state.step == schedule.total:
                 flush()
