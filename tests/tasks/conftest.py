@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import maekit as package
 from maekit.data.sources import open_source
 from maekit.soak.children import Children, Command
 
@@ -99,6 +100,25 @@ def flags() -> Callable[[dict[str, Any]], list[str]]:
         return words
 
     return spell
+
+
+@pytest.fixture(scope="session")
+def whole(flat: Path, tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One unbroken run through the Python API."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert package.pretrain({**tiny, "data": str(flat), "out": run}).exit_code == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def result(whole: Path) -> dict[str, Any]:
+    return json.loads((whole / "result.json").read_text())
+
+
+@pytest.fixture
+def words(flat: Path, tiny: dict[str, Any], tmp_path: Path, flags: Callable[..., list[str]]) -> list[str]:
+    """The command of that run, into a folder of its own."""
+    return ["pretrain", *flags({**tiny, "data": flat, "out": tmp_path / "run"}), "--json"]
 
 
 @pytest.fixture(scope="session")

@@ -26,25 +26,6 @@ from maekit.train import checkpoint
 Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def whole(flat: Path, tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One unbroken run through the Python API."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert package.pretrain({**tiny, "data": str(flat), "out": run}).exit_code == 0
-    return run
-
-
-@pytest.fixture(scope="module")
-def result(whole: Path) -> dict[str, Any]:
-    return json.loads((whole / "result.json").read_text())
-
-
-@pytest.fixture
-def words(flat: Path, tiny: dict[str, Any], tmp_path: Path, flags: Run) -> list[str]:
-    """The command of that run, into a folder of its own."""
-    return ["pretrain", *flags({**tiny, "data": flat, "out": tmp_path / "run"}), "--json"]
-
-
 def test_the_command_that_outside_checks_use(fresh: Run, classes: Path, tmp_path: Path) -> None:
     command = [
         "pretrain", "--data", classes, "--recipe", "builtin/pretrain-fashion", "--out", tmp_path / "run", "--steps", 4,
