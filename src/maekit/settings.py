@@ -820,6 +820,16 @@ class Inspect(Unsaid):
     file: Path | None = setting(None, "run folder, file or folder of weights, whatever library wrote it")
 
 
+class Replay(Settings):
+    """Make a bad step of a training again: which images, which module, which gradient."""
+
+    positional: ClassVar[tuple[str, ...]] = ("file",)
+
+    file: Path | None = setting(None, "RUN/replay/step-K.safetensors, where the training wrote it")
+    data: str | None = setting(None, "where the images are now; default: where they were")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", resume="free")
+
+
 class Doctor(Settings):
     """Audit an implementation of the method: this one, a library's, a file of weights, your own."""
 

@@ -82,6 +82,7 @@ class Bad:
         lr: learning rate.
         losses: of each process.
         ids: of all images, in order of process.
+        micro_batch: images of a pass.
     """
 
     step: int
@@ -92,6 +93,7 @@ class Bad:
     lr: float
     losses: list[float]
     ids: list[int]
+    micro_batch: int
 
     @property
     def kind(self) -> str:
@@ -268,7 +270,8 @@ class Guard:
         (loss, norm, scale, _), one = rows[good], taken[good]
         losses = self.world.gather(one.mine.cpu().view(1)).tolist()
         ids = self.world.gather(torch.cat([part.cpu() for part in one.ids])).tolist()
-        return Bad(state.step + 1, state.step + mishaps.shift, loss, norm, scale, one.lr, losses, ids)
+        passes = len(one.ids[0]) if one.ids else 0
+        return Bad(state.step + 1, state.step + mishaps.shift, loss, norm, scale, one.lr, losses, ids, passes)
 
     def _mind_scale(self, scales: Sequence[float]) -> None:
         if not self.state.scaler.is_enabled() or not scales:
