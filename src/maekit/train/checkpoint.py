@@ -136,7 +136,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Return the highest step that verifies; pass over damaged ones with a line each.
+    """Return the highest step that verifies and has finite weights; pass over others with a line each.
 
     Changes nothing on the disk: another process may be in the middle of a save.
 
@@ -145,12 +145,20 @@ def newest(folder: Path) -> Checkpoint | None:
     """
     for path in _steps(folder):
         try:
-            return load(path)
+            return _finite(load(path))
         except MaekitError as error:
             if error.code == "E-CKPT-FORMAT":
                 raise
             log.warning("checkpoint passed over: %s", error)
     return None
+
+
+def _finite(found: Checkpoint) -> Checkpoint:
+    for part in ("model", "ema"):
+        for name, value in found.tensors.get(part, {}).items():
+            if not bool(value.isfinite().all()):
+                raise MaekitError("E-CKPT-NAN", f"checkpoint {found.path}", found=f"NaN or infinity in {part}/{name}")
+    return found
 
 
 def delete_leftovers(folder: Path) -> None:
