@@ -101,12 +101,17 @@ def prepare(
         per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
 
     Raises:
-        MaekitError: E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED, E-ENV-PRECISION,
-            E-ENV-COMPILER.
+        MaekitError: E-CONFIG-BATCH, E-CONFIG-IDLE, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED,
+            E-ENV-PRECISION, E-ENV-COMPILER.
     """
     fingerprint = source.fingerprint()
     same_data(run, len(source), fingerprint)
     batch = min(loop.batch_size, len(source))
+    if loop.roll_back and not loop.spike_sigma:
+        raise MaekitError(
+            "E-CONFIG-IDLE", "setting roll_back", found=f"{loop.roll_back} without spike_sigma",
+            expected="a run that minds spikes", hint="--spike-sigma 6",
+        )  # fmt: skip
     if loop.compile:
         check_compiler(world.device)
     if run.resolved is not None:

@@ -1,7 +1,8 @@
 """Out of memory: what it means, and how many images a pass may have instead.
 
 The global batch and its samples do not hang on ``micro_batch``: with a smaller one a step takes more passes. What
-comes out differs in rounding, and in what drop path and mixup draw, since they draw in each pass.
+comes out differs in rounding, and in what is drawn or measured in each pass: drop path, mixup, batch norm (of the lars
+probe).
 """
 
 import re
