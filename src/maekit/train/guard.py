@@ -335,7 +335,7 @@ class Guard:
             "precision": self.settings.precision,
         }  # fmt: skip
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state.weights().items()}
-        temporary = path.with_name(f".tmp-{path.name}")
+        temporary = self.run / f".tmp-{path.name}"  # where the next launch deletes what a kill left
         try:
             path.parent.mkdir(exist_ok=True)
             temporary.write_bytes(safetensors.torch.save(weights, {HEADER: json.dumps(facts)}))
