@@ -227,6 +227,12 @@ VERBS: dict[str, Verb] = {
         "inspect",
         ("maekit inspect mae_pretrain_vit_base.pth", "maekit inspect runs/a --json"),
     ),
+    "replay": Verb(
+        settings.Replay,
+        "maekit.tasks.replay",
+        "replay",
+        ("maekit replay runs/a/replay/step-120.safetensors", "maekit replay runs/a/replay/step-120.safetensors --json"),
+    ),
     "doctor": Verb(
         settings.Doctor,
         "maekit.tasks.doctor",

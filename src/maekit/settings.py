@@ -270,6 +270,17 @@ class Loop(Settings):
     weight_decay: float = setting(0.05, "AdamW weight decay (T8, T9)", ge=0)
     betas: tuple[Beta, Beta] = setting((0.9, 0.95), "AdamW betas (T8: .9 .95; T9: .9 .999)")
     clip_grad: float | None = setting(None, "largest gradient norm; default: no clipping (OFF)", gt=0)
+    bad_numbers: Literal["stop", "skip"] = setting(
+        "stop",
+        "a loss or gradient that is NaN or infinite: stop, or skip that update (20 in a row stop)",
+        resume="free",
+    )
+    spike_sigma: float | None = setting(
+        None, "skip updates whose loss is so many deviations above the last 128; default: none", gt=0
+    )
+    roll_back: int = setting(
+        0, "after 20 spikes in a row: back to a checkpoint, on with later batches; at most so often", ge=0
+    )
     ema: float | None = setting(None, "decay of an average of the weights, kept beside them; default: none", gt=0, lt=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
     compile: bool = setting(False, "compile the model with torch.compile (needs a C++ compiler on CPU)")
@@ -841,6 +852,16 @@ class Inspect(Unsaid):
     positional: ClassVar[tuple[str, ...]] = ("file",)
 
     file: Path | None = setting(None, "run folder, file or folder of weights, whatever library wrote it")
+
+
+class Replay(Settings):
+    """Make a bad step of a training again: which images, which module, which gradient."""
+
+    positional: ClassVar[tuple[str, ...]] = ("file",)
+
+    file: Path | None = setting(None, "RUN/replay/step-K.safetensors, where the training wrote it")
+    data: str | None = setting(None, "where the images are now; default: where they were")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps", resume="free")
 
 
 class Doctor(Settings):

@@ -80,6 +80,39 @@ def test_constant_images_give_a_finite_loss_and_gradients(build: Build, value: f
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_many_small_patches_of_which_hardly_one_stays_give_finite_numbers(
+    dtype: torch.dtype, value: float | None
+) -> None:
+    """F39: 784 tokens, one of them visible, also under autocast, also all black."""
+    model = create_model(
+        "vit_tiny_patch16_224", img_size=112, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_dim=16,
+        decoder_depth=1, decoder_heads=2,
+    )  # fmt: skip
+    images = torch.randn(2, 3, 112, 112) if value is None else torch.full((2, 3, 112, 112), value)
+    for ratio in (1e-6, 0.75, 0.9987):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model.loss(images, mask_ratio=ratio)
+        model.zero_grad()
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    for ratio in (0.0, 0.9999, 1.0):
+        with pytest.raises(MaekitError, match="E-CONFIG-MASK"):
+            model.loss(images, mask_ratio=ratio)
+
+
+def test_an_image_of_one_patch_is_refused() -> None:
+    """F39: nothing could be removed and something kept."""
+    model = create_model(
+        "vit_tiny_patch16_224", img_size=16, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1,
+        decoder_heads=2,
+    )  # fmt: skip
+    with pytest.raises(MaekitError, match="E-CONFIG-MASK"):
+        model.loss(torch.randn(1, 3, 16, 16))
+
+
 def test_normalised_pixels_do_not_see_brightness_or_contrast(build: Build) -> None:
     patches = torch.randn(2, 3, 48, dtype=torch.float64)
     torch.testing.assert_close(

@@ -83,6 +83,19 @@ def test_a_damaged_later_one_never_takes_the_place_of_a_good_one(tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5", "step-6"][-keep:]
 
 
+def test_weights_that_verify_but_are_not_finite_are_passed_over(tmp_path: Path) -> None:
+    """F36: written by a program that did not look; going on from the one before makes a good one, which stays."""
+    write(tmp_path, 4)
+    lost = tensors(6.0)
+    lost["model"]["w"][1, 1] = torch.nan
+    for step in (6, 7):
+        save(tmp_path, step, lost, {"window": []}, metadata=META, keep=9)
+    found = newest(tmp_path)
+    assert found is not None and found.step == 4
+    write(tmp_path, 5, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+
+
 def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) -> None:
     write(tmp_path, 1)
     good = write(tmp_path, 2)

@@ -72,6 +72,10 @@ class Codebook(nn.Module):
         some = torch.randperm(len(vectors))[: len(self.codes)]  # on the CPU: the same draw for every device
         self._pending.append((counts, sums, vectors[some.to(vectors.device)]))
 
+    def forget(self) -> None:
+        """Forget what the passes of a step that broke off have noted."""
+        self._pending.clear()
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the codes by what the passes of a step have noted, and draw dead ones anew from these."""

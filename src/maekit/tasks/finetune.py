@@ -1,7 +1,7 @@
 """Train encoder and head on images with classes, tags or numbers, from pre-trained or random weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,16 +25,18 @@ from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, t
 from maekit.tasks.scoring import final_scores
 from maekit.tasks.training import (
     Statistics,
+    Training,
     came_out,
     channels_of,
     default_out,
+    narrowed,
     prepare,
     say_what_runs,
     spread,
     train_loader,
 )
 from maekit.train.device import World, world
-from maekit.train.loop import Plan, fit
+from maekit.train.loop import Plan
 from maekit.train.optim import adamw, finetune_groups
 from maekit.train.schedule import schedule
 
@@ -94,44 +96,15 @@ class Parts:
 
 
 def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
-    train = parts.fit
-    goal = goal_of(settings, train)
-    origin, statistics = _origin(settings, train)
-    view = FinetuneView(
-        origin.img_size,
-        settings.crop_scale,
-        settings.flip,
-        settings.auto_augment,
-        (0,) * len(origin.mean),
-        settings.color_jitter,
-    )
-    model = _classifier(settings, origin, len(goal.names))
-    channels_of(train, len(origin.mean))
+    goal = goal_of(settings, parts.fit)
+    origin, statistics = start_of(settings, parts.fit)
     score = partial(goal.scorer, size=origin.img_size, here=here, workers=settings.workers, crop_pct=settings.crop_pct)
     score(parts.val, mean=origin.mean, std=origin.std, tta=settings.tta)  # refused before anything is written
-    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names)
-    score = partial(score, mean=resolved.mean, std=resolved.std, precision=resolved.precision)
-    model.to(here.device)
-
-    view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
-    loader = train_loader(
-        goal.prepared(train), view, settings, resolved, here, run,
-        size=origin.img_size, seed=settings.seed, workers=settings.workers,
-    )  # fmt: skip
-    timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
-    every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
-    loop = settings.model_copy(update={"precision": resolved.precision})
-    facts = metadata(origin, classes=goal.names, pool=settings.pool, **goal.facts)
-    plan = Plan(
-        timing, loop, settings.seed, facts, eval_every=every, keep_best=f"held/{goal.best}" if parts.held else ""
-    )
-    say_what_runs("finetune", model, train, timing.total, here, resolved)
-
-    step = goal.step(settings, here.device)
-    groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
-    optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)
-    watch = score(parts.held, name="held") if parts.held else score(parts.val)
-    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=watch)
+    ready = training(settings, parts, goal, origin, statistics, run, here)
+    model, timing = ready.model, ready.plan.schedule
+    assert isinstance(model, VisionTransformer)
+    score = partial(score, mean=origin.mean, std=origin.std, precision=ready.plan.settings.precision)
+    outcome = ready.fit(run, here, score(parts.held, name="held") if parts.held else score(parts.val))
     if outcome.stopped:
         return stopped(came_out(run, outcome))
     kept = Kept(Columns.of(model.num_classes, None)) if isinstance(goal, Classes) else None
@@ -141,15 +114,51 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     metrics = came_out(run, outcome) | _scored(found, goal, model, parts)
     if here.is_main:
         shown = EvalView(origin.img_size, settings.crop_pct or default_crop_pct(origin.img_size))
-        goal.report(run.path, found, parts.val, model, shown, resolved.mean)  # type: ignore[arg-type]
+        goal.report(run.path, found, parts.val, model, shown, origin.mean)  # type: ignore[arg-type]
         finish(run, metrics)
     here.barrier()
     start = "random weights" if settings.from_scratch else str(settings.run)
     return Result(
         metrics,
         f"{run.path}: {goal.told(metrics)} after {metrics['score_of']}, from {start}; "
-        f"{len(train)} labels, scored on {len(parts.val)} held-out images; look at {run.path}/report.html",
+        f"{len(parts.fit)} labels, scored on {len(parts.val)} held-out images; look at {run.path}/report.html",
     )
+
+
+def training(
+    settings: Finetune, parts: Parts, goal: Goal, origin: MaskedAutoencoder, statistics: Statistics | None, run: Run,
+    here: World,
+) -> Training:  # fmt: skip
+    """Build all that the training runs with; a new run's config.yaml is written, `origin` given the statistics."""
+    train = parts.fit
+    model = _classifier(settings, origin, len(goal.names))
+    channels_of(train, len(origin.mean))
+    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names)
+    model.to(here.device)
+    view = FinetuneView(
+        origin.img_size,
+        settings.crop_scale,
+        settings.flip,
+        settings.auto_augment,
+        tuple(round(255 * value) for value in resolved.mean),
+        settings.color_jitter,
+    )
+    loader = train_loader(
+        goal.prepared(train), view, settings, resolved, here, run,
+        size=origin.img_size, seed=settings.seed, workers=settings.workers,
+    )  # fmt: skip
+    timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
+    every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)
+    loop = settings.model_copy(update={"precision": resolved.precision})
+    facts = metadata(origin, classes=goal.names, pool=settings.pool, **goal.facts)
+    best = f"held/{goal.best}" if parts.held else ""
+    plan = Plan(
+        timing, loop, settings.seed, facts, eval_every=every, keep_best=best, narrowed=narrowed(run, settings, resolved)
+    )
+    say_what_runs("finetune", model, train, timing.total, here, resolved)
+    groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
+    optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)
+    return Training(model, goal.step(settings, here.device), loader, optimizer, plan)
 
 
 def _classifier(settings: Finetune, origin: MaskedAutoencoder, num_classes: int) -> VisionTransformer:
@@ -177,7 +186,7 @@ def _scored(found: Sequence[Scored[Any]], goal: Goal, model: VisionTransformer, 
     return metrics | ({"held_images": len(parts.held)} if parts.held else {})
 
 
-def _origin(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Statistics | None]:
+def start_of(settings: Finetune, train: Source) -> tuple[MaskedAutoencoder, Statistics | None]:
     """Return the model whose architecture and, unless from scratch, weights are taken, and its statistics.
 
     An image size other than the weights' resamples their positions (official interpolate_pos_embed).

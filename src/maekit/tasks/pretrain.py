@@ -25,9 +25,11 @@ from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import (
     Statistics,
+    Training,
     came_out,
     channels_of,
     default_out,
+    narrowed,
     prepare,
     published,
     say_what_runs,
@@ -38,7 +40,7 @@ from maekit.tasks.training import (
 )
 from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
-from maekit.train.loop import Plan, fit
+from maekit.train.loop import Plan
 from maekit.train.optim import adamw, pretrain_groups
 from maekit.train.schedule import schedule
 
@@ -67,6 +69,27 @@ def pretrain(settings: Pretrain | dict[str, Any], dataset: Any = None) -> Result
 
 
 def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
+    ready = training(settings, source, run, here)
+    model = ready.model
+    assert isinstance(model, MaskedAutoencoder)
+    outcome = ready.fit(run, here)
+
+    metrics = came_out(run, outcome)
+    if outcome.stopped:
+        return stopped(metrics)
+    if here.is_main:
+        save_encoder(model, run.path / "encoder.safetensors")
+        labelled = source.labels is not None and len(source.classes or []) > 1
+        pretrain_report(run.path, model.eval(), some_images(source, model), settings.seed, labelled=labelled)
+        if settings.ema:
+            _save_average(model, run)
+        finish(run, metrics)
+    here.barrier()
+    return Result(metrics, f"{run.path}: {outcome.step} steps, loss {outcome.loss:.4f}; look at {run.path}/report.html")
+
+
+def training(settings: Pretrain, source: Source, run: Run, here: World) -> Training:
+    """Build all that the training runs with; a new run's config.yaml is written."""
     channels = channels_of(source, settings.channels)
     goal = _goal(settings)
     model = new_model(settings, channels, goal)
@@ -92,6 +115,7 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
         settings.model_copy(update={"precision": resolved.precision}),
         settings.seed,
         metadata(model),
+        narrowed=narrowed(run, settings, resolved),
     )
     say_what_runs("pretrain", model, source, plan.schedule.total, here, resolved)
 
@@ -104,20 +128,7 @@ def _train(settings: Pretrain, source: Source, run: Run, here: World) -> Result:
 
     groups = pretrain_groups(model, settings.weight_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=plan.schedule.peak)
-    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here)
-
-    metrics = came_out(run, outcome)
-    if outcome.stopped:
-        return stopped(metrics)
-    if here.is_main:
-        save_encoder(model, run.path / "encoder.safetensors")
-        labelled = source.labels is not None and len(source.classes or []) > 1
-        pretrain_report(run.path, model.eval(), some_images(source, model), settings.seed, labelled=labelled)
-        if settings.ema:
-            _save_average(model, run)
-        finish(run, metrics)
-    here.barrier()
-    return Result(metrics, f"{run.path}: {outcome.step} steps, loss {outcome.loss:.4f}; look at {run.path}/report.html")
+    return Training(model, step, loader, optimizer, plan)
 
 
 def _save_average(model: MaskedAutoencoder, run: Run) -> None:

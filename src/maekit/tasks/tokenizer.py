@@ -8,7 +8,7 @@ optimizer step, by what all passes of the step have used, and draws from generat
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,9 +28,11 @@ from maekit.settings import Tokenizer
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import (
+    Training,
     came_out,
     channels_of,
     default_out,
+    narrowed,
     number_of_workers,
     patch_of,
     prepare,
@@ -41,7 +43,7 @@ from maekit.tasks.training import (
     unlabelled,
 )
 from maekit.train.device import World, world
-from maekit.train.loop import Plan, fit
+from maekit.train.loop import Plan
 from maekit.train.optim import adamw, pretrain_groups
 from maekit.train.schedule import schedule
 
@@ -88,26 +90,10 @@ def _refuse(settings: Tokenizer) -> None:
 
 def _train(settings: Tokenizer, source: Source, run: Run, here: World) -> Result:
     channels = channels_of(source, settings.channels)
-    view = seen_as(settings, settings.img_size, channels)
-    patch, _ = patch_of(settings)
-    seed_all(settings.seed)
-    model = VQTokenizer(settings.vocabulary, settings.img_size, patch, channels)
-    to_train, held = _parts(settings, source)
-    resolved = prepare(
-        run, settings, settings, source, here, model, statistics=published(settings.stats, channels)
-    )  # of all images: statistics and fingerprint are those of the pre-training to come
-    model.to(here.device).train()
-
-    loader = train_loader(
-        to_train, view, settings, resolved, here, run,
-        size=settings.img_size, seed=settings.seed, workers=settings.workers,
-    )  # fmt: skip
-    plan = _plan(settings, loader, model, resolved.fingerprint)
-    say_what_runs("tokenizer", model, to_train, plan.schedule.total, here, resolved)
-
-    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(module, VQTokenizer)
-        return {"loss": module.loss(batch["images"])}
+    _, held = _parts(settings, source)
+    ready, fingerprint = training(settings, source, run, here)
+    model = ready.model
+    assert isinstance(model, VQTokenizer)
 
     def evaluate(module: nn.Module) -> Iterator[tuple[str, float]]:
         assert isinstance(module, VQTokenizer)
@@ -116,16 +102,11 @@ def _train(settings: Tokenizer, source: Source, run: Run, here: World) -> Result
             "val/psnr": psnr(judged.mse), "val/perplexity": judged.perplexity, "val/usage": judged.usage
         }.items()  # fmt: skip
 
-    optimizer = adamw(pretrain_groups(model, settings.weight_decay), betas=settings.betas, lr=plan.schedule.peak)
-    optimizer.register_step_post_hook(lambda *_: model.codebook.update())
-    outcome = fit(model, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
-
+    outcome = ready.fit(run, here, evaluate)
     metrics = came_out(run, outcome)
     if outcome.stopped:
         return stopped(metrics)
-    save_target(
-        run.path / FILE, model, model.spec, "vq", mean=model.mean, std=model.std, fingerprint=resolved.fingerprint
-    )
+    save_target(run.path / FILE, model, model.spec, "vq", mean=model.mean, std=model.std, fingerprint=fingerprint)
     judged = _judge(model.eval(), _held_loader(settings, held, channels, here))
     metrics |= {
         "target": str(run.path / FILE), "vocabulary": settings.vocabulary, "held_out": len(held),
@@ -135,6 +116,35 @@ def _train(settings: Tokenizer, source: Source, run: Run, here: World) -> Result
     tokenizer_report(run.path, model, judged, metrics)
     finish(run, metrics)
     return Result(metrics, _told(metrics))
+
+
+def training(settings: Tokenizer, source: Source, run: Run, here: World) -> tuple[Training, str]:
+    """Build all that the training runs with, and the fingerprint of the images."""
+    channels = channels_of(source, settings.channels)
+    view = seen_as(settings, settings.img_size, channels)
+    patch, _ = patch_of(settings)
+    seed_all(settings.seed)
+    model = VQTokenizer(settings.vocabulary, settings.img_size, patch, channels)
+    to_train, _ = _parts(settings, source)
+    resolved = prepare(
+        run, settings, settings, source, here, model, statistics=published(settings.stats, channels)
+    )  # of all images: statistics and fingerprint are those of the pre-training to come
+    model.to(here.device).train()
+
+    loader = train_loader(
+        to_train, view, settings, resolved, here, run,
+        size=settings.img_size, seed=settings.seed, workers=settings.workers,
+    )  # fmt: skip
+    plan = _plan(settings, loader, model, resolved.fingerprint, narrowed(run, settings, resolved))
+    say_what_runs("tokenizer", model, to_train, plan.schedule.total, here, resolved)
+
+    def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(module, VQTokenizer)
+        return {"loss": module.loss(batch["images"])}
+
+    optimizer = adamw(pretrain_groups(model, settings.weight_decay), betas=settings.betas, lr=plan.schedule.peak)
+    optimizer.register_step_post_hook(lambda *_: model.codebook.update())
+    return Training(model, step, loader, optimizer, plan), resolved.fingerprint
 
 
 def _parts(settings: Tokenizer, source: Source) -> tuple[Source, Source]:
@@ -158,10 +168,13 @@ def _held_loader(settings: Tokenizer, held: Source, channels: int, here: World) 
     )  # fmt: skip
 
 
-def _plan(settings: Tokenizer, loader: Loader, model: VQTokenizer, fingerprint: str) -> Plan:
+def _plan(
+    settings: Tokenizer, loader: Loader, model: VQTokenizer, fingerprint: str, narrow: Callable[[int], None]
+) -> Plan:
     planned = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     said = header_of(model.spec, "vq", mean=model.mean, std=model.std, fingerprint=fingerprint)
-    return Plan(planned, settings, settings.seed, said, eval_every=math.ceil(planned.total / SCORES))
+    every = math.ceil(planned.total / SCORES)
+    return Plan(planned, settings, settings.seed, said, eval_every=every, narrowed=narrow)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from maekit.data.augment import ProbeView
 from maekit.data.loader import Batch
+from maekit.data.sources import Source
 from maekit.interchange.weights import metadata
 from maekit.model.heads import AttentiveHead, LinearHead
 from maekit.model.mae import MaskedAutoencoder, check_pool
@@ -19,9 +20,9 @@ from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits, load_encoder
 from maekit.tasks.run_folder import Run, finish, stopped
 from maekit.tasks.scoring import scorer
-from maekit.tasks.training import channels_of, prepare, say_what_runs, train_loader
+from maekit.tasks.training import Training, channels_of, narrowed, prepare, say_what_runs, train_loader
 from maekit.train.device import World
-from maekit.train.loop import Plan, fit
+from maekit.train.loop import Plan
 from maekit.train.optim import adamw, lars, pretrain_groups
 from maekit.train.schedule import schedule
 
@@ -94,6 +95,30 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
         MaekitError: E-USAGE-, E-DATA-, E-CKPT-, E-CONFIG-.
     """
     train, val = labelled_splits(settings)
+    ready = training(settings, train, run, here)
+    probed = ready.model
+    assert isinstance(probed, Probed)
+    model = probed.model
+    evaluate = scorer(
+        val, model.img_size, model.mean, model.std, here, workers=settings.workers,
+        precision=ready.plan.settings.precision,
+    )  # fmt: skip
+    outcome = ready.fit(run, here, evaluate)
+    metrics = {"run": str(run.path), "steps": outcome.step, "loss": outcome.loss, "state_sha256": outcome.state_sha256}
+    metrics |= {"top1": outcome.scores.get("val/top1"), "protocol": settings.protocol}
+    if outcome.stopped:
+        return stopped(metrics)
+    if here.is_main:
+        finish(run, metrics)
+    what = "attentive" if settings.protocol == "attentive" else "linear"
+    return Result(
+        metrics,
+        f"{what} probe top-1 {metrics['top1']:.4f} ({settings.protocol}, last epoch, {len(val)} held-out images)",
+    )
+
+
+def training(settings: Probe, train: Source, run: Run, here: World) -> Training:
+    """Build all that the training runs with; a new run's config.yaml is written."""
     model = load_encoder(settings, here)
     pool = _pool(settings, model)
     loop = _loop(settings)
@@ -122,6 +147,7 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
         loop.model_copy(update={"precision": resolved.precision}),
         settings.seed,
         metadata(model),
+        narrowed=narrowed(run, settings, resolved),
     )
     say_what_runs("probe", probed, train, plan.schedule.total, here, resolved)
 
@@ -129,18 +155,4 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
         return {"loss": F.cross_entropy(module(batch["images"]), batch["labels"])}
 
     optimizer = _optimizer(probed, loop, plan.schedule.peak)
-    evaluate = scorer(
-        val, model.img_size, model.mean, model.std, here, workers=settings.workers, precision=resolved.precision
-    )
-    outcome = fit(probed, step, loader, optimizer, plan, run=run.path, world=here, evaluate=evaluate)
-    metrics = {"run": str(run.path), "steps": outcome.step, "loss": outcome.loss, "state_sha256": outcome.state_sha256}
-    metrics |= {"top1": outcome.scores.get("val/top1"), "protocol": settings.protocol}
-    if outcome.stopped:
-        return stopped(metrics)
-    if here.is_main:
-        finish(run, metrics)
-    what = "attentive" if settings.protocol == "attentive" else "linear"
-    return Result(
-        metrics,
-        f"{what} probe top-1 {metrics['top1']:.4f} ({settings.protocol}, last epoch, {len(val)} held-out images)",
-    )
+    return Training(probed, step, loader, optimizer, plan)

@@ -5,12 +5,13 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 
 from maekit import __version__
 from maekit.data.augment import PretrainView
@@ -25,7 +26,7 @@ from maekit.settings import Images, Loop, Seen, Settings, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating, same_data
 from maekit.train.device import World, check_compiler, launch, resolve_precision
-from maekit.train.loop import Outcome
+from maekit.train.loop import Evaluate, Outcome, Plan, Step, fit
 from maekit.train.schedule import schedule
 
 log = logging.getLogger("maekit")
@@ -47,6 +48,22 @@ class Prepared(Protocol):
     def set_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Say what images are normalised with."""
         ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a training runs with, made from its settings: to be trained, or for one step to be made again."""
+
+    model: nn.Module
+    step: Step
+    loader: Loader
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+
+    def fit(self, run: Run, world: World, evaluate: Evaluate | None = None) -> Outcome:
+        """Train, or go on (`maekit.train.loop.fit`)."""
+        return fit(self.model, self.step, self.loader, self.optimizer, self.plan, run=run.path, world=world,
+                   evaluate=evaluate)  # fmt: skip
 
 
 def spread(settings: Any, task: Callable[..., Result], *args: Any) -> Result | None:
@@ -85,7 +102,8 @@ def prepare(
         per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
 
     Raises:
-        MaekitError: E-CONFIG-PROCESSES, E-CONFIG-BATCH, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD, E-DATA-CHANGED,
+        MaekitError: E-CONFIG-PROCESSES, E-CONFIG-BATCH, E-CONFIG-IDLE, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD,
+            E-DATA-CHANGED,
             E-ENV-PRECISION, E-ENV-COMPILER.
     """
     fingerprint = source.fingerprint()
@@ -95,6 +113,11 @@ def prepare(
     )
     same_data(run, len(source), fingerprint)
     batch = min(loop.batch_size, len(source))
+    if loop.roll_back and not loop.spike_sigma:
+        raise MaekitError(
+            "E-CONFIG-IDLE", "setting roll_back", found=f"{loop.roll_back} without spike_sigma",
+            expected="a run that minds spikes", hint="--spike-sigma 6",
+        )  # fmt: skip
     if loop.compile:
         check_compiler(world.device)
     if run.resolved is not None:
@@ -208,6 +231,11 @@ def _again(resolved: Resolved, loop: Loop, batch: int, world: World) -> Resolved
     parts = micro_batch(loop, batch, world.size, resolved.micro_batch)
     log.warning("not bit-exact: micro_batch %d -> %d", resolved.micro_batch, parts)
     return resolved.model_copy(update={"micro_batch": parts})
+
+
+def narrowed(run: Run, settings: Settings, resolved: Resolved) -> Callable[[int], None]:
+    """Return what notes in config.yaml that a pass had to have fewer images, so that later launches begin with them."""
+    return lambda images: describe(run, settings, resolved.model_copy(update={"micro_batch": images}))
 
 
 def train_loader(

@@ -256,6 +256,14 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def _finite(found: Checkpoint) -> Checkpoint:
+    for part in ("model", "ema"):
+        for name, value in found.tensors.get(part, {}).items():
+            if not bool(value.isfinite().all()):
+                raise MaekitError("E-CKPT-NAN", f"checkpoint {found.path}", found=f"NaN or infinity in {part}/{name}")
+    return found
+
+
 def delete_leftovers(folder: Path) -> None:
     """Delete what a kill in the middle of a save left; only for the one process that may write here."""
     for leftover in folder.glob(".tmp-*"):

@@ -43,6 +43,10 @@ class Log:
             os.replace(temporary, self.path)
         return max((record.get("time", 0.0) for record in kept), default=0.0)
 
+    def rewind(self, step: int) -> None:
+        """Drop records later than `step`: the run went back to it."""
+        self._drop_after(step)
+
     def rate(self, step: int) -> float:
         """Return images per second since this process began."""
         return (step - self.start) * self.batch_size / max(1e-9, time.monotonic() - self.began)

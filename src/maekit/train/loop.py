@@ -6,7 +6,8 @@ scaler, step and the losses not yet logged. Drop path, mixup and erasing draw fr
 (seed, step, rank, number of the pass) before each pass. So a run that was stopped anywhere and goes on ends with the
 same bits.
 
-The device is not waited for in a step: losses stay on it until a log line is due.
+The device is not waited for in a step: losses stay on it until a log line, a score or a save is due. Only then does
+the loop learn of a bad number, and finds the state of just before it (`maekit.train.guard`).
 """
 
 import contextlib
@@ -24,16 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maekit.errors import MaekitError
+from maekit.failpoints import reach
 from maekit.seeds import seed_all
 from maekit.settings import Loop
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS, Best
 from maekit.train.device import World, circumstances, without_peer
+from maekit.train.guard import Guard
 from maekit.train.log import Log
+from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
-from maekit.train.state import DIVERGED, Average, State
+from maekit.train.state import Average, State
 
 log = logging.getLogger("maekit")
 
@@ -68,6 +71,7 @@ class Plan:
         metadata: written into the weights of every checkpoint, so that they load by themselves.
         eval_every: steps between scores; 0: only at the end.
         keep_best: score whose best weights stay in ``best/``, those of their average in ``best-ema/``; empty: none do.
+        narrowed: told the images per pass when memory was too small for more, to go on with them later, too.
     """
 
     schedule: Schedule
@@ -76,6 +80,7 @@ class Plan:
     metadata: dict[str, str]
     eval_every: int = 0
     keep_best: str = ""
+    narrowed: Callable[[int], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,9 @@ def fit(
         evaluate: yields (name, score) of a model in eval mode; its scores are logged as ("val/top1", 0.812).
 
     Raises:
-        MaekitError: E-NUM-LOSS and E-NUM-WEIGHTS (not finite), E-CKPT-... (the run's checkpoint cannot be taken over),
-            E-STOP-DISK / E-ENV-DISK (saving failed), E-STOP-MEMORY / E-ENV-MEMORY.
+        MaekitError: E-NUM-LOSS, E-NUM-GRADIENT and E-NUM-WEIGHTS (not finite), E-NUM-SPIKE, E-NUM-SCALE, E-CKPT-...
+            (the run's checkpoint cannot be taken over), E-STOP-DISK / E-ENV-DISK (saving failed), E-STOP-MEMORY /
+            E-ENV-MEMORY.
     """
     settings, schedule = plan.settings, plan.schedule
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
@@ -178,23 +184,20 @@ def fit(
     save_every = settings.save_every or schedule.steps_per_epoch
     first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
     best = {prefix: Best(run, plan.keep_best, prefix) for prefix in FOLDERS if plan.keep_best}
-    pending: list[Tensor] = []
+    guard = Guard(state, settings, plan.seed, world, run)
 
-    def flush() -> None:
-        """Fetch the losses still on the device: the only place where the loop waits for it."""
-        if pending:
-            state.window += tuple(torch.stack(pending).tolist())
-            pending.clear()
-        bad = next((i for i, loss in enumerate(state.window) if not math.isfinite(loss)), None)
-        if bad is not None:
-            at = state.step - len(state.window) + bad + 1
-            raise MaekitError(
-                "E-NUM-LOSS",
-                f"loss of step {at}",
-                found=state.window[bad],
-                expected="a finite number",
-                hint=DIVERGED,
-            )
+    def flush() -> bool:
+        """Fetch what is still on the device: the only place where the loop waits for it; True: it went back."""
+        bad = guard.read()
+        return bad is not None and guard.answer(bad, keep, newest)
+
+    def newest() -> checkpoint.Checkpoint | None:
+        saver.wait()
+        return checkpoint.newest(folder)
+
+    def due(step: int) -> bool:
+        every = (settings.log_every, save_every, plan.eval_every or schedule.total)
+        return step in (stop, schedule.total) or any(step % n == 0 for n in every)
 
     def save() -> None:
         nonlocal saved_at
@@ -204,31 +207,35 @@ def fit(
             saver.save(state.step, state.tensors(), state.numbers())
         saved_at = state.step
 
+    def keep() -> None:
+        save()
+        saver.wait(last=True)
+
     saver = Saver(
         folder, plan.metadata, keep=settings.keep, keep_every=settings.keep_every, errors=settings.save_errors
     )
     with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals, saver:
         stopped = state.step >= stop and stop < schedule.total
-        for micro_batches in loader.steps(state.step, stop):
+        for micro_batches in guard.batches(loader.steps, stop):
+            at = state.step
             try:
-                _train_step(call, micro_batches, state, plan, loader.sizes(state.step), world, pending)
-            except RuntimeError as error:
-                known = _out_of_memory(error, loader.micro_batch, saved_at)
-                raise known or without_peer(error, state.step, saved_at, run) or error from None
+                sizes = loader.sizes(at + state.mishaps.shift)
+                _train_step(call, micro_batches, state, plan, sizes, world, guard)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and (known := without_peer(error, at, saved_at, run)):
+                    raise known from None
+                if state.step > at:  # after the update: the step cannot be made again
+                    raise
+                _narrow(error, loader, plan, world, saved_at)
+                guard.undo()
+                continue
             saver.look()
-            if state.step % settings.log_every == 0 or state.step == schedule.total:
-                flush()
-                loss = state.loss = math.fsum(state.window) / len(state.window)
-                state.window = ()
+            if due(state.step) and flush():
                 if records:
-                    records.record(
-                        state.step,
-                        {
-                            "epoch": round(state.step / schedule.steps_per_epoch, 4),
-                            "loss": loss,
-                            "lr": schedule.lr(state.step - 1),
-                        },
-                    )
+                    records.rewind(state.step)
+                continue
+            if state.step % settings.log_every == 0 or state.step == schedule.total:
+                _log_line(state, schedule, records)
             last = state.step == schedule.total
             if evaluate and (last or (plan.eval_every and state.step % plan.eval_every == 0)):
                 world.share_buffers(model)
@@ -243,8 +250,7 @@ def fit(
             if (halt or state.step == stop) and not last:
                 stopped = True
                 break
-        save()
-        saver.wait(last=True)
+        keep()
         if evaluate and not scores and state.step == schedule.total:  # killed after the last save
             scores = _scores(evaluate, model, state.average)
         world.barrier()
@@ -265,7 +271,7 @@ def _train_step(
     plan: Plan,
     sizes: tuple[int, int],
     world: World,
-    pending: list[Tensor],
+    guard: Guard,
 ) -> None:
     """One optimizer update from all micro-batches of a step.
 
@@ -273,34 +279,25 @@ def _train_step(
     process whose share is empty passes an image of another's with weight 0, since all have to take part in the exchange
     of gradients.
     """
-    settings, optimizer = plan.settings, state.optimizer
+    settings = plan.settings
     lr = plan.schedule.lr(state.step)
-    for group in optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     total = torch.zeros((), device=world.device)
-    (whole, mine), done = sizes, 0
+    (whole, mine), done, ids = sizes, 0, []
     for number, batch in enumerate(micro_batches):
         # after the batch is there: a loader without workers draws from these generators too
         seed_all(plan.seed, state.step, world.rank, number)
         weight = len(batch["ids"]) * world.size / whole if mine else 0.0
         done += len(batch["ids"])
+        ids.append(batch["ids"])
+        if reach("train-memory"):
+            raise torch.OutOfMemoryError("failpoint: tried to allocate 1.50 GiB")
         with autocast(settings.precision, world.device), _no_sync(call, done < mine):
             loss = call(batch)["loss"] * weight
             state.scaler.scale(loss).backward()
         total += loss.detach().float()
-    if settings.clip_grad:
-        state.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip_grad)
-    state.scaler.step(optimizer)
-    state.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    if state.average:
-        state.average.update(state.step)
-    if world.size > 1:
-        torch.distributed.all_reduce(total)
-        total /= world.size
-    pending.append(total)
+    guard.update(total, ids, lr)
 
 
 def _wrap(model: nn.Module, step: Step, settings: Loop, world: World) -> nn.Module:
@@ -345,14 +342,34 @@ def _main_log(
     return Log(run, start=step, total=schedule.total, batch_size=batch_size)
 
 
-def _out_of_memory(error: RuntimeError, micro_batch: int, saved_at: int) -> MaekitError | None:
-    """Say what a failed allocation means; None for any other error."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return None
-    return MaekitError(
-        "E-STOP-MEMORY" if saved_at >= 0 else "E-ENV-MEMORY",
-        "out of memory in a training step",
-        found=f"{micro_batch} images per pass",
-        hint=f"--micro-batch {max(1, micro_batch // 2)}: the global batch and the samples stay the same"
-        + (f"; the same command goes on from step {saved_at}" if saved_at >= 0 else ""),
-    )
+def _narrow(error: Exception, loader: Batches, plan: Plan, world: World, saved_at: int) -> None:
+    """Let passes have fewer images after an allocation that failed; raise any other error again.
+
+    Raises:
+        MaekitError: E-STOP-MEMORY, E-ENV-MEMORY where ``micro_batch`` was given, where a pass had one image, and with
+            several processes, which have to make the same passes: then the same command goes on with fewer.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    before, auto = loader.micro_batch, plan.settings.micro_batch == "auto"
+    smaller = next_smaller(before, -(-loader.batch_size // world.size))
+    if auto and smaller is not None:
+        plan.narrowed(smaller)
+    if not auto or smaller is None or world.size > 1:
+        raise out_of_memory(
+            error, batch=loader.batch_size, micro_batch=before, smaller=smaller, saved_at=saved_at, noted=auto
+        ) from None
+    log.warning("out of memory with %d images per pass: %d from now on; not bit-exact", before, smaller)
+    loader.micro_batch = smaller
+
+
+def _log_line(state: State, schedule: Schedule, records: Log | None) -> None:
+    """Write the mean loss since the last line; none where all these steps were left out."""
+    if not state.window:
+        return
+    loss = state.loss = math.fsum(state.window) / len(state.window)
+    state.window = ()
+    skipped = {"skipped": state.mishaps.skipped} if state.mishaps.skipped else {}
+    if records:
+        epoch = round(state.step / schedule.steps_per_epoch, 4)
+        records.record(state.step, {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), **skipped})

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ class Average:
         self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights after update number `step` (from 1) in."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int, take: Tensor) -> None:
+        """Take the weights after update number `step` (from 1) in; `take`, on the device, is 0 to leave all as it is.
+
+        A weight that is a tensor gives the bits of one that is a number, at the same speed.
+        """
+        weight = take * (1 - min(self.decay, (1 + step) / (10 + step)))
         for name, parameter in self.live.items():
             self.tensors[name].lerp_(parameter, weight)
 
@@ -48,6 +51,29 @@ class Average:
 
 
 @dataclass
+class Mishaps:
+    """What went wrong so far and decides how a run goes on (`maekit.train.guard`).
+
+    Attributes:
+        skipped: updates left out.
+        streak: of them, those one after another up to now.
+        rolled_back: times that the run went back to a checkpoint.
+        shift: steps whose batches were passed over in doing so.
+        overflows: updates one after another that fp16's scaler left out, up to now.
+        accepted: losses that entered `losses`.
+        losses: the last ones, as a ring: number n stands at n modulo its length; empty where nobody asks for it.
+    """
+
+    skipped: int = 0
+    streak: int = 0
+    rolled_back: int = 0
+    shift: int = 0
+    overflows: int = 0
+    accepted: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass
 class State:
     """All that moves during a run, and its way into a checkpoint and back."""
 
@@ -62,6 +88,7 @@ class State:
     """Losses of the steps since the last log line."""
     loss: float | None = None
     """Mean loss of the last log line."""
+    mishaps: Mishaps = field(default_factory=Mishaps)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return weights, optimizer state and average by part and name."""
@@ -77,7 +104,8 @@ class State:
         """Return all else that a checkpoint keeps, as plain JSON."""
         scaler = self.scaler.state_dict()
         losses = {"window": list(self.window), "loss": self.loss}
-        return {"step": self.step, **losses, "scaler": scaler, "circumstances": self.circumstances}
+        more = {"circumstances": self.circumstances, "mishaps": asdict(self.mishaps)}
+        return {"step": self.step, **losses, "scaler": scaler, **more}
 
     def sha256(self) -> str:
         """Return the digest that a checkpoint of this state has."""
@@ -104,6 +132,7 @@ class State:
                 self.average.tensors[name].copy_(value)
         self.step, self.window = saved.step, tuple(saved.state["window"])
         self.loss = saved.state["loss"]
+        self.mishaps = Mishaps(**saved.state.get("mishaps", {}))  # none in checkpoints of version 0.1
         if saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
 
