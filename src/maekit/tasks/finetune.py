@@ -76,6 +76,11 @@ class Parts:
     held: Source | None
     val: Source
 
+    @property
+    def beside(self) -> dict[str, Source]:
+        """Those that are not trained on, by what they are for."""
+        return {"val": self.val} | ({"held": self.held} if self.held else {})
+
     @staticmethod
     def of(settings: Finetune, train: Source, val: Source) -> "Parts":
         """Hold a fifth of the training images out where they choose the epoch.
@@ -109,14 +114,16 @@ def _train(settings: Finetune, parts: Parts, run: Run, here: World) -> Result:
     channels_of(train, len(origin.mean))
     score = partial(goal.scorer, size=origin.img_size, here=here, workers=settings.workers, crop_pct=settings.crop_pct)
     score(parts.val, mean=origin.mean, std=origin.std, tta=settings.tta)  # refused before anything is written
-    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names)
+    resolved = prepare(
+        run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names, beside=parts.beside
+    )
     score = partial(score, mean=resolved.mean, std=resolved.std, precision=resolved.precision)
     model.to(here.device)
 
     view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
     loader = train_loader(
         goal.prepared(train), view, settings, resolved, here, run,
-        size=origin.img_size, seed=settings.seed, workers=settings.workers,
+        size=origin.img_size, seed=settings.seed, reading=settings,
     )  # fmt: skip
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)

@@ -108,6 +108,7 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
         model,
         statistics=statistics,
         classes=train.classes,
+        beside={"val": val},
         per_pass=PER_PASS if pool != "attentive" else None,
     )
     seed_all(settings.seed)
@@ -115,7 +116,7 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
     view = ProbeView(model.img_size, settings.crop_scale or (0.08, 1.0), settings.flip is not False)
     loader = train_loader(
         train, view, loop, resolved, here, run,
-        size=model.img_size, seed=settings.seed, workers=settings.workers,
+        size=model.img_size, seed=settings.seed, reading=settings,
     )  # fmt: skip
     plan = Plan(
         schedule(loop, loader.steps_per_epoch, loader.batch_size),
