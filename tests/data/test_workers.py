@@ -87,7 +87,9 @@ def victims(before: set[Any]) -> list[int]:
     return sorted(child.pid for child in set(multiprocessing.active_children()) - before if child.pid)
 
 
-@pytest.mark.parametrize("kind", ["SIGKILL", pytest.param("SIGSEGV", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["SIGKILL", *(pytest.param(x, marks=pytest.mark.slow) for x in ("SIGSEGV", "SIGTERM"))]
+)
 def test_a_worker_that_is_killed_is_replaced_and_the_batches_are_the_same(
     tmp_path: Path, plain: list[Batch], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +104,16 @@ def test_a_worker_that_is_killed_is_replaced_and_the_batches_are_the_same(
     assert same(found, plain) and set(multiprocessing.active_children()) <= before
     told = [line for line in caplog.messages if "is lost" in line]
     assert len(told) <= 1 and all(f"pid {killed} was ended by {kind} at " in line for line in told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_how_far_workers_are_ahead_changes_nothing(
+    tmp_path: Path, plain: list[Batch], ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F22."""
+    monkeypatch.setattr("maekit.data.workers.PREFETCH", ahead)
+    assert same(batches(loader(Images(tmp_path))), plain)
 
 
 def test_three_deaths_within_an_epoch_stop_with_the_last_one_named(tmp_path: Path) -> None:
@@ -330,6 +342,37 @@ def test_few_open_files_are_said_before_the_first_batch(program: Any) -> None:
     told = program("ulimit -n 64;", 28)
     assert "E-ENV-FILES" in told and "found at most 64 allowed" in told and "ulimit -n 1024, or --workers 0" in told
     assert program("ulimit -Sn 64;", 28) == "64\n64\n64\n"
+
+
+LARGE = """
+import resource, sys
+import numpy as np
+from PIL import Image
+from maekit.data.augment import PretrainView
+from maekit.data.loader import Loader
+from maekit.data.sources import open_source
+from maekit.errors import MaekitError
+
+for i in range(2):
+    Image.fromarray(np.zeros((8000, 8000), np.uint8)).save(f"{sys.argv[1]}/{i}.png")
+view, statistics = PretrainView((8, 8)), {"mean": (0.3,) * 3, "std": (0.3,) * 3}
+loader = Loader(open_source(sys.argv[1]), view, batch_size=2, micro_batch=2, **statistics)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+try:
+    next(next(loader.steps(0, 1)))
+except MaekitError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_an_image_that_memory_does_not_hold_is_no_bad_image(tmp_path: Path) -> None:
+    """F33: 64 MB for 192 MB of pixels."""
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "error[E-ENV-MEMORY]" in done.stdout and "0.png" in done.stdout, done.stderr
+    assert "fewer --workers" in done.stdout and done.stdout.count("Try:") == 1
 
 
 @pytest.mark.slow

@@ -199,7 +199,9 @@ class Loader:
         with contextlib.closing(self._collated(sampler)) as batches:
             for batch in batches:
                 if "stop" in batch:
-                    raise MaekitError("E-DATA-BAD", batch["stop"], hint="maekit data PATH lists them")
+                    code, line = batch["stop"]
+                    hint = "maekit data PATH lists them" if code == "E-DATA-BAD" else None
+                    raise MaekitError(code, line, hint=hint)
                 self.bad.book(batch.pop("bad"), len(batch["ids"]))
                 yield self._to_device(batch)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as compute
 import pyarrow.parquet as pq
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Difference:
 
     Attributes:
         changed: of another size, label or content.
-        moved: the same images in another order.
+        moved: those that are in both are in another order.
     """
 
     added: list[str] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Difference:
 
     def __str__(self) -> str:
         told = [f"{count} {word}" for word, count in self.counts.items() if count]
-        return f"{', '.join(told)}: {', '.join(self.first)}" if told else "another order of the same images"
+        return f"{', '.join(told)}: {', '.join(self.first)}" if told else "the same ones in another order"
 
 
 def manifest(parts: Mapping[str, Source], masks: Masks | None = None) -> pa.Table:
@@ -90,9 +91,9 @@ def manifest(parts: Mapping[str, Source], masks: Masks | None = None) -> pa.Tabl
 
 def with_contents(table: pa.Table, digests: Iterable[str]) -> pa.Table:
     """Return the table with the digests of `contents`."""
-    have = table.column("sha256").to_pylist()
+    have = table["sha256"].to_pylist()
     left = iter(digests)
-    files = [part.endswith(" files") for part in table.column("part").to_pylist()]
+    files = [part.endswith(" files") for part in table["part"].to_pylist()]
     column = [one if one is not None or file else next(left) for one, file in zip(have, files, strict=True)]
     return table.set_column(table.schema.get_field_index("sha256"), "sha256", pa.array(column, pa.string()))
 
@@ -110,23 +111,22 @@ def contents(parts: Mapping[str, Source], masks: Masks | None, share: slice = sl
 
 
 def difference(before: pa.Table, now: pa.Table) -> Difference:
-    """Return what of `before` is other `now`."""
-    facts = ["part", "id", "size", "label"]
-    if before.select(facts).equals(now.select(facts)) and not _digests_differ(before, now):
-        return Difference()
-    old, new = _by_name(before), _by_name(now)
-    found = Difference(
-        [name for name in new if name not in old],
-        [name for name in old if name not in new],
-        [name for name, fact in new.items() if name in old and _differ(old[name], fact)],
-    )
-    found.moved = not found and list(old) != list(new)
-    return found
+    """Return what of `before` is other `now`. Of a million images it takes a second or two: arrow compares."""
+    old, new = before.append_column("key", _keys(before)), now.append_column("key", _keys(now))
+    gone = compute.invert(compute.is_in(old["key"], value_set=new["key"]))
+    come = compute.invert(compute.is_in(new["key"], value_set=old["key"]))
+    removed, added = old.filter(gone), new.filter(come)
+    old, new = old.filter(compute.invert(gone)), new.filter(compute.invert(come))
+    moved = not old["key"].equals(new["key"])
+    if moved:
+        old, new = old.sort_by("key"), new.sort_by("key")
+    changed = new.filter(_differ(old, new))
+    return Difference(_names(added), _names(removed), _names(changed), moved)
 
 
 def has_contents(table: pa.Table) -> bool:
     """Tell whether the contents of the images were written down."""
-    parts, digests = table.column("part").to_pylist(), table.column("sha256").to_pylist()
+    parts, digests = table["part"].to_pylist(), table["sha256"].to_pylist()
     return all(digest is not None for part, digest in zip(parts, digests, strict=True) if part == "train")
 
 
@@ -188,21 +188,20 @@ def _digest(holder: Source | Masks, i: int) -> str:
     return hashlib.sha256(data.numpy().tobytes() if isinstance(data, Tensor) else data).hexdigest()
 
 
-def _digests_differ(before: pa.Table, now: pa.Table) -> bool:
-    pairs = zip(before.column("sha256").to_pylist(), now.column("sha256").to_pylist(), strict=True)
-    return any(old != new for old, new in pairs if old is not None and new is not None)
+def _keys(table: pa.Table) -> pa.ChunkedArray:
+    return compute.binary_join_element_wise(table["part"], table["id"], "\0")
 
 
-def _by_name(table: pa.Table) -> dict[str, tuple[Any, ...]]:
-    """Return size, label and digest by name."""
-    columns = [table.column(name).to_pylist() for name in SCHEMA.names]
-    return {
-        name if part.split()[0] == "train" else f"{part} {name}": tuple(rest)
-        for part, name, *rest in zip(*columns, strict=True)
-    }
+def _names(table: pa.Table) -> list[str]:
+    pairs = zip(table["part"].to_pylist(), table["id"].to_pylist(), strict=True)
+    return [
+        name if part in ("train", "train files") else f"{part.removesuffix(' files')} {name}" for part, name in pairs
+    ]
 
 
-def _differ(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    *facts, digest = old
-    *others, other = new
-    return facts != others or (digest is not None and other is not None and digest != other)
+def _differ(old: pa.Table, new: pa.Table) -> Any:
+    """Return for each row whether size, label or content differ; a digest that one of them has not is not compared."""
+    sizes = compute.not_equal(old["size"].fill_null(-2), new["size"].fill_null(-2))
+    labels = compute.not_equal(old["label"].fill_null("\0"), new["label"].fill_null("\0"))
+    digests = compute.not_equal(old["sha256"], new["sha256"]).fill_null(False)
+    return compute.or_(compute.or_(sizes, labels), digests)

@@ -89,7 +89,7 @@ class Samples(Dataset[dict[str, Any]]):
         try:
             image, scores, index, bad = self._readable(index)
         except MaekitError as error:  # as an item: an exception of more than one argument cannot leave a worker
-            return {"stop": str(error.args[0])}
+            return {"stop": (error.code, str(error.args[0]))}
         seed_cpu(self.seed, epoch, key[1])
         noise = torch.rand(self.num_noise)  # first, so that no augmentation setting moves the mask
         label = -1 if self.source.labels is None else self.source.labels[index]
@@ -108,6 +108,8 @@ class Samples(Dataset[dict[str, Any]]):
             try:
                 return *self._patiently(at), at, bad
             except (MaekitError, OSError) as error:
+                if isinstance(error.__cause__, MemoryError):
+                    raise _no_memory(self.source.ids[at]) from error
                 bad.append((at, str(error.args[0]) if isinstance(error, MaekitError) else str(error)))
         raise MaekitError("E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}")
 
@@ -160,8 +162,15 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(cause, OSError) and cause.errno in PASSING
 
 
+def _no_memory(name: str) -> MaekitError:
+    return MaekitError(
+        "E-ENV-MEMORY", "no memory to read images", found=f"none for {name}", expected="what its pixels take",
+        hint="fewer --workers, a smaller --micro-batch, or a smaller image in its place",
+    )  # fmt: skip
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items into a batch; "bad" becomes one list, "stop" (why no batch is possible) stands alone."""
+    """Stack items into a batch; "bad" becomes one list, "stop" (code and line of an error) stands alone."""
     if stops := [item["stop"] for item in items if "stop" in item]:
         return {"stop": stops[0]}
     images = [item["images"] for item in items]

@@ -136,7 +136,6 @@ class Pool:
         self.samples, self.workers, self.timeout, self.pin_memory = samples, workers, timeout, pin_memory
         self.prefetch = enough_memory(workers, batch_bytes)
         enough_files(workers)
-        self.seats = Seats(workers)
         self._strikes: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
 
@@ -160,7 +159,7 @@ class Pool:
                 watch.stop()
 
     def _start(self, due: Due) -> Any:
-        self.samples.seat = self.seats = Seats(self.workers)
+        self.seats = self.samples.seat = Seats(self.workers)
         start_server()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # the user has said how many
