@@ -116,11 +116,13 @@ def test_other_images_are_refused_by_name_or_accepted_and_noted(
     assert told in str(caught.value) and "--data-changed accept" in str(caught.value)
     if change not in (add, new_class):
         return
+    (root / "plain/bad_files.jsonl").write_text('{"id": "a/00.png", "reason": "mended since", "step": 0}\n')
     assert go_on(data_changed="accept").exit_code == 75 and "going on with other images" in caplog.text
     config = yaml.safe_load((root / "plain/config.yaml").read_text())
     (note,) = config["resolved"]["data_changes"]
     added = 7 if change is new_class else 1
     assert (note["added"], note["images"], len(note["first"])) == (added, 20 + added, min(5, added))
+    assert (root / "plain/before-1-bad_files.jsonl").exists() and not (root / "plain/bad_files.jsonl").exists()
     assert config["resolved"]["images"] == note["images"] and config["data_changed"] == "stop"
     assert go_on(stop_at=5).exit_code == 75  # what was accepted is what it is compared with from now on
 

@@ -14,6 +14,8 @@ from typing import Literal
 from maekit.data.samples import Bad
 from maekit.errors import MaekitError
 
+FILE = "bad_files.jsonl"
+"""Where a run folder lists them."""
 AT_LEAST = 5
 """Bad images that are put up with in any case."""
 ONE_IN = 100

@@ -85,12 +85,18 @@ class Samples(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key
         try:
-            image, scores, index, bad = self._readable(index)
+            return self._sample(*key)
+        finally:
+            if self.seat is not None:
+                self.seat.leave()
+
+    def _sample(self, epoch: int, wanted: int) -> dict[str, Any]:
+        try:
+            image, scores, index, bad = self._readable(wanted)
         except MaekitError as error:  # as an item: an exception of more than one argument cannot leave a worker
             return {"stop": (error.code, str(error.args[0]))}
-        seed_cpu(self.seed, epoch, key[1])
+        seed_cpu(self.seed, epoch, wanted)
         noise = torch.rand(self.num_noise)  # first, so that no augmentation setting moves the mask
         label = -1 if self.source.labels is None else self.source.labels[index]
         item = {"images": self.view(image), "labels": label, "ids": index, "noise": noise, "bad": bad}
@@ -114,7 +120,7 @@ class Samples(Dataset[dict[str, Any]]):
         raise MaekitError("E-DATA-BAD", f"{len(bad)} images in a row cannot be read, the first: {bad[0][1]}")
 
     def _patiently(self, at: int) -> tuple[Tensor, Tensor | None]:
-        """Read an image and its mask, and again after a while where the error may pass: once for each process."""
+        """Read an image and its mask, and again after a while where the error may pass; for what stays so only once."""
         if at in self.given_up:
             raise MaekitError("E-DATA-IMAGE", f"cannot read {self.source.ids[at]}", found=self.given_up[at])
         for wait in () if at in self._waited_for else WAITS:
@@ -123,23 +129,22 @@ class Samples(Dataset[dict[str, Any]]):
             except (MaekitError, OSError) as error:
                 if not may_pass(error):
                     raise
-                self._waited_for.add(at)
                 time.sleep(wait)
-        return self._read(at)
+        try:
+            return self._read(at)
+        except (MaekitError, OSError):
+            self._waited_for.add(at)
+            raise
 
     def _read(self, at: int) -> tuple[Tensor, Tensor | None]:
         began = time.monotonic()
         if self.seat is not None:
             self.seat.take(at)
-        try:
-            reach("worker-read")
-            data = self.source.read(at)
-            name = self.source.ids[at]
-            image = data if isinstance(data, Tensor) else read_image(data, channels=self.channels, name=name)
-            scores = None if self.masks is None else self.masks.scores(at)
-        finally:
-            if self.seat is not None:
-                self.seat.leave()
+        reach("worker-read")
+        data = self.source.read(at)
+        name = self.source.ids[at]
+        image = data if isinstance(data, Tensor) else read_image(data, channels=self.channels, name=name)
+        scores = None if self.masks is None else self.masks.scores(at)
         if self.seat is None and (took := time.monotonic() - began) > SLOW_AFTER:
             log.warning("slow: %s took %.0f s to read", name, took)
         return self._checked(image, at), scores

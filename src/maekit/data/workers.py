@@ -47,6 +47,8 @@ MOST_STRIKES = 2
 """Times that a worker may die or hang in an image before it counts as unreadable."""
 MOST_DEATHS = 3
 """Times in an epoch that workers may be lost for no image's sake."""
+TO_START = 600
+"""Seconds in which a worker's start is no hang: importing over a slow network takes long."""
 FILES_OF_A_WORKER = 32
 """Open files of the main process per worker: queues, and up to six tensors in each batch that is ahead."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -60,7 +62,7 @@ class Seats:
 
     def __init__(self, workers: int) -> None:
         self._at = RawArray("q", [-1] * workers)
-        self._since = RawArray("d", [time.monotonic()] * workers)
+        self._since = RawArray("d", [time.monotonic() + TO_START] * workers)
 
     def take(self, index: int) -> None:
         """In a worker: say that it begins to read image `index`."""
@@ -272,7 +274,7 @@ class Watch:
                 self._kill(number, f"hung for more than {self.timeout:g} s")
         if since is None:
             return
-        # stopped between two images, or unable to hand over what it has
+        # stopped between two images, or unable to hand over what they have
         if now - max(since, *(began for _, began in seats)) > 2 * self.timeout:
             for number in range(len(self.workers)):
                 self._kill(number, f"sent nothing for more than {2 * self.timeout:g} s")
@@ -283,7 +285,7 @@ class Watch:
             log.warning("slow: no batch for %.0f s%s", now - since, what)
 
     def _kill(self, number: int, why: str) -> None:
-        if self.workers[number].is_alive():
+        if number not in self.killed:  # no is_alive() here: of two threads that ask, one can miss the exit code
             self.killed[number] = why
             self.workers[number].kill()
 
@@ -376,6 +378,9 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    info = get_worker_info()
+    if info is not None and isinstance(info.dataset, Samples) and info.dataset.seat is not None:
+        info.dataset.seat.leave()  # it has started
 
 
 def _end_with_parent() -> None:

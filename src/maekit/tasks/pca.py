@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maekit.data.bad_images import FILE as BAD_FILES
 from maekit.data.check import LIMIT
 from maekit.data.loader import Loader
 from maekit.data.sources import Source
@@ -86,7 +87,7 @@ def _fit(settings: Pca, source: Source, run: Run) -> Result:
         seed=settings.seed,
         num_noise=grid[0] * grid[1],
         workers=number_of_workers(settings.workers, len(source), settings.img_size),
-        bad_log=run.path / "bad_files.jsonl",
+        bad_log=run.path / BAD_FILES,
         bad_images=settings.bad_images,
         read_timeout=settings.read_timeout,
         looked_at=LIMIT,

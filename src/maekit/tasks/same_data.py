@@ -6,6 +6,7 @@ train on and to score on, masks. A later launch compares: names, sizes and label
 in config.yaml.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from maekit.data.bad_images import FILE as BAD_FILES
 from maekit.data.manifest import (
     FILE,
     Difference,
@@ -82,14 +84,12 @@ def compared(run: Run, settings: Steady, read: Read, world: World) -> Resolved:
         write_down(run, settings, read, world)
         return resolved
     now = manifest(read.parts, read.masks)
-    found = difference(before, now)
-    if found and settings.data_changed == "stop":
-        raise _changed(run, f"{len(read.source)} images, {found}", resolved, hint=ACCEPT)
+    found, stops = difference(before, now), settings.data_changed == "stop"
     unknown = settings.verify_data and not has_contents(before)
-    if settings.verify_data:
+    if settings.verify_data and not (found and stops):
         now = with_contents(now, _hashed(read, world))
         found = difference(before, now)
-    if found and settings.data_changed == "stop":
+    if found and stops:
         raise _changed(run, f"{len(read.source)} images, {found}", resolved, hint=ACCEPT)
     if unknown:
         log.warning("contents were not hashed when the run began: hashed now, for later launches to compare with")
@@ -98,6 +98,8 @@ def compared(run: Run, settings: Steady, read: Read, world: World) -> Resolved:
         resolved = _with_note(resolved, read.source, found)
         if world.is_main:
             describe(run, settings, resolved)
+            with contextlib.suppress(OSError):  # what was bad may have been mended: the account begins anew
+                (run.path / BAD_FILES).rename(run.path / f"before-{len(resolved.data_changes)}-{BAD_FILES}")
     if world.is_main and (found or unknown):
         write_whole(run.path / FILE, to_bytes(now))
     return resolved

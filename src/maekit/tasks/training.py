@@ -13,6 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from maekit.data.augment import PretrainView
+from maekit.data.bad_images import FILE as BAD_FILES
 from maekit.data.bad_images import Policy
 from maekit.data.check import LIMIT, check
 from maekit.data.image import read_image, sniff
@@ -260,7 +261,7 @@ def train_loader(
         world=world.size,
         read_timeout=reading.read_timeout,
         bad_images=reading.bad_images,
-        bad_log=run.path / "bad_files.jsonl",
+        bad_log=run.path / BAD_FILES,
         looked_at=LIMIT,
     )
 
