@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as compute
+import pyarrow.compute
 import pyarrow.parquet as pq
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from maekit.data.masks import Masks
 from maekit.data.parquet import ParquetSource
 from maekit.data.source import Source, read_regular_file
 from maekit.errors import MaekitError
+
+compute: Any = pyarrow.compute
+"""Its functions are made when it is imported, and unknown to a type checker."""
 
 FILE = "data.parquet"
 SCHEMA = pa.schema(
