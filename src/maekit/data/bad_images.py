@@ -61,6 +61,8 @@ class BadImages:
         self._read_file()
         self.found = {name: reason for name, (reason, at) in self._listed.items() if at < step}
         self.seen, self.step = seen, step
+        if self.found:
+            log.warning("skipped before step %d: %d images, listed in %s", step, len(self.found), self.file)
 
     def book(self, bad: Iterable[Bad], seen: int) -> None:
         """Count `seen` more images, among them `bad` ones.
