@@ -71,6 +71,7 @@ def plain(source: Source) -> list[Batch]:
 
 @pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_the_number_of_workers_changes_nothing(source: Source, plain: list[Batch], workers: int) -> None:
+    """F22."""
     torch.manual_seed(workers)
     random.seed(workers)
     assert same(whole(loader(source, workers=workers).steps(0, STEPS)), plain)

@@ -338,7 +338,7 @@ def program(tmp_path: Path) -> Any:
 
 @pytest.mark.slow
 def test_few_open_files_are_said_before_the_first_batch(program: Any) -> None:
-    """F33: a hard limit cannot be raised, a soft one is."""
+    """F33: a hard limit cannot be raised, a soft one is. F34: and no worker hangs after OpenMP has run."""
     told = program("ulimit -n 64;", 28)
     assert "E-ENV-FILES" in told and "found at most 64 allowed" in told and "ulimit -n 1024, or --workers 0" in told
     assert program("ulimit -Sn 64;", 28) == "64\n64\n64\n"
