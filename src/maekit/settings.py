@@ -168,6 +168,36 @@ class Images(Place):
     )
 
 
+class Reading(Images):
+    """Images"""
+
+    bad_images: Literal["skip", "stop"] = setting(
+        "skip",
+        "unreadable images: skip up to 5 or 1 % of those seen and take the next, or stop at the first",
+        resume="free",
+    )
+    read_timeout: float = setting(
+        120.0,
+        "seconds for one image; a loader process that takes longer is killed, its batch done again, the second time "
+        "the image is unreadable; no part with workers 0",
+        gt=0, resume="free",
+    )  # fmt: skip
+
+
+class Steady(Reading):
+    """Images"""
+
+    data_changed: Literal["stop", "accept"] = setting(
+        "stop",
+        "when a run goes on with other images than it began with: stop, or accept and keep a note",
+        resume="free",
+    )
+    verify_data: bool = setting(
+        False, "compare contents too (SHA-256 of every image, kept in data.parquet), not only names and sizes",
+        resume="free",
+    )  # fmt: skip
+
+
 class Size(Settings):
     """Images"""
 
@@ -316,7 +346,7 @@ class Views(Settings):
     )
 
 
-class Pretrain(Images, Size, Views, Statistics, Autoencoder, Masks, Loop, Machine):
+class Pretrain(Steady, Size, Views, Statistics, Autoencoder, Masks, Loop, Machine):
     """Pre-train a masked autoencoder on unlabelled images."""
 
     out: Path | None = setting(None, "run folder; resumed when it holds this run", resume="free")
@@ -353,7 +383,7 @@ class Kept(Settings):
     )  # fmt: skip
 
 
-class Finetune(Images, Size, Labels, Architecture, Loop, Machine):
+class Finetune(Steady, Size, Labels, Architecture, Loop, Machine):
     """Train encoder and head on labelled images."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
@@ -454,7 +484,7 @@ class Partial(Finetune):
     )
 
 
-class Probe(Images, Labels, Kept, Machine):
+class Probe(Steady, Labels, Kept, Machine):
     """Score frozen features with a small classifier: solved or trained, after one block or all."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
@@ -510,6 +540,10 @@ class Probe(Images, Labels, Kept, Machine):
         "weight_decay",
         "crop_scale",
         "flip",
+        "bad_images",
+        "read_timeout",
+        "data_changed",
+        "verify_data",
     )
     """Settings of training, which a regression that is solved has not."""
 
@@ -899,7 +933,7 @@ class Seen(Size, Views, Statistics):
     patch_size: int | None = setting(None, "patch side in pixels; default: the model's own", ge=1)
 
 
-class Pca(Images, Seen):
+class Pca(Reading, Seen):
     """Fit principal components of patches: the target pca of pretrain."""
 
     components: int | None = setting(
@@ -910,7 +944,7 @@ class Pca(Images, Seen):
     out: Path | None = setting(None, "folder for target.safetensors, pictures and report", resume="free")
 
 
-class Tokenizer(Images, Seen, Loop, Machine):
+class Tokenizer(Steady, Seen, Loop, Machine):
     """Train a discrete tokenizer of patches: the target token of pretrain."""
 
     vocabulary: int = setting(512, "codes to choose from", ge=2, le=65536)

@@ -71,6 +71,7 @@ def plain(source: Source) -> list[Batch]:
 
 @pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_the_number_of_workers_changes_nothing(source: Source, plain: list[Batch], workers: int) -> None:
+    """F22."""
     torch.manual_seed(workers)
     random.seed(workers)
     assert same(whole(loader(source, workers=workers).steps(0, STEPS)), plain)
@@ -116,7 +117,7 @@ def test_a_micro_batch_is_made_when_it_is_asked_for(source: Source) -> None:
     subject = loader(source, micro_batch=2)
     parts = next(subject.steps(0, 1))
     next(parts)
-    assert subject.seen == 2
+    assert subject.bad.seen == 2
 
 
 def test_samples_differ_by_seed_and_by_epoch(source: Source, plain: list[Batch]) -> None:
@@ -263,7 +264,7 @@ def test_what_replaces_an_image_keeps_the_crop_and_mask_of_its_place() -> None:
 def test_more_than_five_or_one_per_cent_of_bad_images_stop(count: int, bad: int, stops: bool) -> None:
     subject = loader(Broken(count, set(range(0, 2 * bad, 2))), batch_size=count, micro_batch=count, num_noise=0)
     if not stops:
-        assert len(whole(subject.steps(0, 1))) == 1 and len(subject.bad) == bad
+        assert len(whole(subject.steps(0, 1))) == 1 and len(subject.bad.found) == bad
         return
     with pytest.raises(MaekitError, match=f"found {bad} of {count} seen, expected at most 5 or 1 %") as caught:
         whole(subject.steps(0, 1))
@@ -288,7 +289,7 @@ def test_images_of_other_channels_count_as_unreadable() -> None:
     images[2] = torch.zeros(4, 8, 8, dtype=torch.uint8)
     subject = loader(DatasetSource(Decoded(images)))
     assert 2 not in whole(subject.steps(0, 1))[0]["ids"].tolist()
-    assert "found 4 channels, expected 3" in subject.bad["2"]
+    assert "found 4 channels, expected 3" in subject.bad.found["2"]
 
 
 def test_a_loader_without_workers_leaves_the_global_generators_seeded_by_the_last_sample(source: Source) -> None:

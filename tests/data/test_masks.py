@@ -114,7 +114,7 @@ def test_an_image_whose_mask_cannot_be_read_is_left_out(source: Source, tmp_path
     )  # fmt: skip
     (batch,) = next(loader.steps(0, 1))
     assert 1 not in batch["ids"].tolist()
-    assert "cannot read mask" in loader.bad[source.ids[1]]
+    assert "cannot read mask" in loader.bad.found[source.ids[1]]
 
 
 def refused(path: Path, source: Source, said: str) -> None:

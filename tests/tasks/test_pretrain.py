@@ -158,19 +158,6 @@ def test_another_run_in_the_same_folder_is_refused(
     assert caught.value.code == "E-CONFIG-RUN" and caught.value.exit_code == 2
 
 
-def test_other_images_are_refused_when_a_run_goes_on(tiny: dict[str, Any], flat: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for file in sorted(flat.iterdir())[:20]:
-        (data / file.name).write_bytes(file.read_bytes())
-    settings = {**tiny, "data": str(data), "out": tmp_path / "run"}
-    assert package.pretrain({**settings, "stop_at": 2}).exit_code == 75
-    (data / "more.png").write_bytes((flat / "30.png").read_bytes())
-    with pytest.raises(MaekitError, match=r"found 21 images, expected the same 20") as caught:
-        package.pretrain(settings)
-    assert caught.value.code == "E-DATA-CHANGED"
-
-
 def test_resume_may_be_insisted_on_or_ruled_out(
     flat: Path, tiny: dict[str, Any], tmp_path: Path, result: dict[str, Any]
 ) -> None:
@@ -369,7 +356,9 @@ def test_workers_end_when_the_main_process_is_killed(
     until(lambda: any((tmp_path / "run/checkpoints").glob("step-*")))
     os.kill(command.pid, signal.SIGKILL)
     command.wait()
+    killed = time.monotonic()
     until(lambda: group_is_gone(command.pid))
+    assert time.monotonic() - killed <= 10  # F43
 
 
 def test_two_processes_see_the_same_samples(

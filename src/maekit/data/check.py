@@ -17,6 +17,7 @@ from random import Random
 import numpy as np
 from torch import Tensor
 
+from maekit.data.bad_images import Policy, most_bad
 from maekit.data.image import num_frames, read_image, sniff
 from maekit.data.source import Source
 from maekit.errors import MaekitError
@@ -65,7 +66,7 @@ class Report:
     @property
     def max_bad(self) -> int:
         """How many bad images are put up with: 5, or 1 % of those seen."""
-        return max(5, self.seen // 100)
+        return most_bad(self.seen)
 
     @property
     def too_many_bad(self) -> bool:
@@ -73,11 +74,13 @@ class Report:
         return len(self.bad) > self.max_bad or len(self.bad) == self.seen
 
 
-def check(source: Source, *, channels: int | None = None, limit: int | None = LIMIT, seed: int = 0) -> Report:
+def check(
+    source: Source, *, channels: int | None = None, limit: int | None = LIMIT, seed: int = 0, policy: Policy = "skip"
+) -> Report:
     """Survey the source, name what is bad in the log, and stop if that is too much.
 
     Raises:
-        MaekitError: E-DATA-BAD when more than max(5, 1 %) of the images seen are bad, or all.
+        MaekitError: E-DATA-BAD when more than max(5, 1 %) of the images seen are bad, with policy "stop" any, or all.
     """
     report = survey(source, channels=channels, limit=limit, seed=seed)
     for name, reason in report.bad[:MAX_NAMED]:
@@ -86,12 +89,12 @@ def check(source: Source, *, channels: int | None = None, limit: int | None = LI
         log.warning("%d of %d images looked at cannot be used and are skipped", len(report.bad), report.seen)
     if report.animated:
         log.warning("%d images have several frames or pages; the first one is used", report.animated)
-    if report.too_many_bad:
+    if report.too_many_bad or len(report.bad) > most_bad(report.seen, policy):
         raise MaekitError(
             "E-DATA-BAD",
             f"too many images of {source.name} cannot be used",
             found=f"{len(report.bad)} of {report.seen}, the first: {report.bad[0][1]}" if report.bad else "no images",
-            expected=f"at most {report.max_bad}",
+            expected=f"at most {most_bad(report.seen, policy)}",
             hint=f"maekit data {source.name}",
         )
     return report

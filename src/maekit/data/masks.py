@@ -169,7 +169,7 @@ def _from_file(path: Path, grid: tuple[int, int]) -> Tensor:
         if isinstance(error, MaekitError) and error.code == "E-DATA-MASK":
             raise
         found = error.args[0] if isinstance(error, MaekitError) else error
-        raise MaekitError("E-DATA-MASK", f"cannot read mask {path}", found=found) from None
+        raise MaekitError("E-DATA-MASK", f"cannot read mask {path}", found=found) from error
     if values.shape == (grid[0] * grid[1],):
         values = values.reshape(grid)
     usable = values.ndim == 2 and values.numel()

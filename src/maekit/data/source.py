@@ -120,7 +120,7 @@ class FileSource(Source):
             return read_regular_file(os.path.join(self.root, self.keys[i]))
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
             found = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found=found) from None
+            raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found=found) from error
 
     def sizes(self) -> Iterator[int]:
         """Yield each file's size, -1 when it has none."""

@@ -35,7 +35,8 @@ from maekit.tasks.feature_cache import data_digest
 from maekit.tasks.features import whole_splits
 from maekit.tasks.parts import Outcome, Part, beside, devices, in_this_process, make_part, slurm, work_off
 from maekit.tasks.pretrain import new_model
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, outside, same_data, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, outside, typed
+from maekit.tasks.same_data import same_data
 from maekit.train.device import resolve_device
 from maekit.train.log import clock
 

@@ -18,7 +18,8 @@ from maekit.data.sources import Source, Split, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_classifier
 from maekit.settings import Settings
-from maekit.tasks.run_folder import Resolved, Run, describe, same_data
+from maekit.tasks.run_folder import Resolved, Run, describe
+from maekit.tasks.same_data import same_data
 from maekit.tasks.streamed import first_of_each
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train import checkpoint

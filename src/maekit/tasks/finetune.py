@@ -78,6 +78,11 @@ class Parts:
     held: Source | None
     val: Source
 
+    @property
+    def beside(self) -> dict[str, Source]:
+        """Those that are not trained on, by what they are for."""
+        return {"val": self.val} | ({"held": self.held} if self.held else {})
+
     @staticmethod
     def of(settings: Finetune, train: Source, val: Source) -> "Parts":
         """Hold a fifth of the training images out where they choose the epoch.
@@ -133,7 +138,9 @@ def training(
     train = parts.fit
     model = _classifier(settings, origin, len(goal.names))
     channels_of(train, len(origin.mean))
-    resolved = prepare(run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names)
+    resolved = prepare(
+        run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names, beside=parts.beside
+    )
     model.to(here.device)
     view = FinetuneView(
         origin.img_size,
@@ -145,7 +152,7 @@ def training(
     )
     loader = train_loader(
         goal.prepared(train), view, settings, resolved, here, run,
-        size=origin.img_size, seed=settings.seed, workers=settings.workers,
+        size=origin.img_size, seed=settings.seed, reading=settings,
     )  # fmt: skip
     timing = schedule(settings, loader.steps_per_epoch, loader.batch_size)
     every = settings.eval_every * loader.steps_per_epoch if settings.eval_every else max(1, timing.total // 10)

@@ -15,7 +15,8 @@ from maekit.tasks import Result
 from maekit.tasks.features import labelled_splits
 from maekit.tasks.finetune import finetune
 from maekit.tasks.probe import probe
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, same_data, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, typed
+from maekit.tasks.same_data import same_data
 from maekit.tasks.training import default_out
 
 log = logging.getLogger("maekit")
@@ -69,7 +70,7 @@ def blocks_of(settings: Partial) -> list[float | str]:
 
 def _series(settings: Partial, blocks: list[float | str], train: Source, val: Source, run: Run) -> Result:
     fingerprint = train.fingerprint()
-    same_data(run, len(train), fingerprint)
+    same_data(run, len(train), fingerprint, accept=settings.data_changed == "accept")
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and run.resolved is None:
         found = Resolved(

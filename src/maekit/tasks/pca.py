@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maekit.data.bad_images import FILE as BAD_FILES
+from maekit.data.check import LIMIT
 from maekit.data.loader import Loader
 from maekit.data.sources import Source
 from maekit.interchange.targets import FILE, save_target
@@ -21,7 +23,8 @@ from maekit.model.pca import Fitted, PatchPCA, fit_pca
 from maekit.report.pca import pca_report
 from maekit.settings import Pca
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, same_data, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, deviating, finish, open_run, typed
+from maekit.tasks.same_data import same_data
 from maekit.tasks.training import (
     channels_of,
     default_out,
@@ -71,7 +74,7 @@ def _fit(settings: Pca, source: Source, run: Run) -> Result:
     said = published(settings.stats, channels)
     fingerprint = source.fingerprint()
     same_data(run, len(source), fingerprint)
-    found = measured(source, channels)
+    found = measured(source, channels, settings.bad_images)
     mean, std = said or found
     resolved = Resolved(images=len(source), fingerprint=fingerprint, mean=mean, std=std, deviations=deviating(settings))
     loader = Loader(
@@ -84,7 +87,10 @@ def _fit(settings: Pca, source: Source, run: Run) -> Result:
         seed=settings.seed,
         num_noise=grid[0] * grid[1],
         workers=number_of_workers(settings.workers, len(source), settings.img_size),
-        bad_log=run.path / "bad_files.jsonl",
+        bad_log=run.path / BAD_FILES,
+        bad_images=settings.bad_images,
+        read_timeout=settings.read_timeout,
+        looked_at=LIMIT,
     )
     log.info("pca: %d components of %d values", components, values)
     fitted = fit_pca(_patches(loader, settings.patches, patch), components, patch=patch, channels=channels)

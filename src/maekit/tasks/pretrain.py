@@ -102,13 +102,13 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
-    resolved = prepare(run, settings, settings, source, here, model, statistics=statistics)
+    resolved = prepare(run, settings, settings, source, here, model, statistics=statistics, masks=masks)
     model.to(here.device).train()
     model.set_checkpointing(settings.checkpointing)
 
     loader = train_loader(
         source, view, settings, resolved, here, run,
-        size=settings.img_size, seed=settings.seed, workers=settings.workers, num_noise=model.num_patches, masks=masks,
+        size=settings.img_size, seed=settings.seed, reading=settings, num_noise=model.num_patches, masks=masks,
     )  # fmt: skip
     plan = Plan(
         schedule(settings, loader.steps_per_epoch, loader.batch_size),

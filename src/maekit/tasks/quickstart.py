@@ -40,7 +40,8 @@ from maekit.tasks.finetune import finetune
 from maekit.tasks.pretrain import pretrain, some_images
 from maekit.tasks.probe import logistic_top1
 from maekit.tasks.retrieve import neighbour_grid
-from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, same_data, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, describe, finish, open_run, typed
+from maekit.tasks.same_data import same_data
 from maekit.tasks.training import channels_of, number_of_workers
 from maekit.train.device import World, resolve_device
 from maekit.train.log import clock, read_metrics

@@ -143,7 +143,13 @@ def _training(settings: Replay, here: World) -> Training:
     chosen = resolve(SETTINGS[verb], file=path / "config.yaml")[0]
     moved = {"data": settings.data} if settings.data is not None else {}
     chosen = chosen.model_copy(
-        update={**moved, "workers": 0, **({"compile": False} if hasattr(chosen, "compile") else {})}
+        update={
+            **moved,
+            "workers": 0,
+            "data_changed": "stop",
+            "verify_data": False,
+            **({"compile": False} if hasattr(chosen, "compile") else {}),
+        }
     )
     run = Run(path, Resolved.model_validate(header["resolved"]), None)
     if isinstance(chosen, Pretrain):
@@ -151,7 +157,7 @@ def _training(settings: Replay, here: World) -> Training:
     if isinstance(chosen, Tokenizer):
         return tokenizer.training(chosen, unlabelled(chosen, None, chosen.channels), run, here)[0]
     if isinstance(chosen, Probe):
-        return trained_probe.training(chosen, labelled_splits(chosen)[0], run, here)
+        return trained_probe.training(chosen, *labelled_splits(chosen), run, here)
     assert isinstance(chosen, Finetune)
     parts = finetune.Parts.of(chosen, *splits_of(chosen))
     origin, statistics = finetune.start_of(chosen, parts.fit)
@@ -163,7 +169,7 @@ def _again(ready: Training, facts: dict[str, Any], here: World) -> Findings:
     model, loader, plan, found = ready.model, ready.loader, ready.plan, Findings()
     found.weights = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
     loader.micro_batch = facts["micro_batch"]
-    loader.bad_log = None
+    loader.bad.file = None
     loader.world = facts["world"]
     scale = facts["scale"] if plan.settings.precision == "fp16" and here.device.type == "cuda" else 1.0
     with _watched(model, found):

@@ -32,6 +32,8 @@ from maekit.train import checkpoint
 log = logging.getLogger("maekit")
 S = TypeVar("S", bound=Settings)
 LOCK = ".lock"
+OF_A_LAUNCH = {"stop_at": None, "resume": None, "data_changed": "stop"}
+"""Settings that speak of one launch only, as a run's config.yaml has them."""
 
 
 class Resolved(BaseModel):
@@ -47,6 +49,7 @@ class Resolved(BaseModel):
         classes: names in the order of the outputs.
         model: arguments of `create_model`, whatever they came from.
         deviations: from the recipe that was named, as `maekit.config.Deviation` has them.
+        data_changes: of the images between launches that were accepted (`maekit.tasks.same_data`).
     """
 
     images: int
@@ -58,6 +61,7 @@ class Resolved(BaseModel):
     classes: list[str] | None = None
     model: dict[str, Any] = {}
     deviations: list[dict[str, Any]] = []
+    data_changes: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -279,9 +283,9 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
 def describe(run: Run, settings: Settings, resolved: Resolved) -> None:
     """Write config.yaml: settings and what they resolved to, with format and version.
 
-    What speaks of one launch only (``--stop-at``, ``--resume``) is left out, so that ``--config`` takes the run up.
+    What speaks of one launch only is left out, so that ``--config`` takes the run up.
     """
-    of_a_launch = dict.fromkeys({"stop_at", "resume"} & type(settings).model_fields.keys())
+    of_a_launch = {name: value for name, value in OF_A_LAUNCH.items() if name in type(settings).model_fields}
     lasting = settings.model_copy(update=of_a_launch)
     write_whole(run.path / "config.yaml", dump_yaml(lasting, resolved.model_dump(mode="json")).encode())
 
@@ -303,23 +307,6 @@ def deciding(settings: Settings) -> dict[str, Any]:
         if (fields[name].json_schema_extra or {}).get("resume") == "same"  # type: ignore[union-attr]
         and name not in ("run", "data", "target_from")
     }
-
-
-def same_data(run: Run, images: int, fingerprint: str) -> None:
-    """Refuse to go on with other images than the run began with.
-
-    Raises:
-        MaekitError: E-DATA-CHANGED.
-    """
-    before = run.resolved
-    if before is not None and before.fingerprint != fingerprint:
-        raise MaekitError(
-            "E-DATA-CHANGED",
-            f"the images are not those that {run.path} began with",
-            found=f"{images} images",
-            expected=f"the same {before.images} names and sizes",
-            hint="the old images, or another --out",
-        )
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:

@@ -125,15 +125,22 @@ def training(settings: Tokenizer, source: Source, run: Run, here: World) -> tupl
     patch, _ = patch_of(settings)
     seed_all(settings.seed)
     model = VQTokenizer(settings.vocabulary, settings.img_size, patch, channels)
-    to_train, _ = _parts(settings, source)
+    to_train, held = _parts(settings, source)
     resolved = prepare(
-        run, settings, settings, source, here, model, statistics=published(settings.stats, channels)
+        run,
+        settings,
+        settings,
+        source,
+        here,
+        model,
+        statistics=published(settings.stats, channels),
+        beside={"val": held},
     )  # of all images: statistics and fingerprint are those of the pre-training to come
     model.to(here.device).train()
 
     loader = train_loader(
         to_train, view, settings, resolved, here, run,
-        size=settings.img_size, seed=settings.seed, workers=settings.workers,
+        size=settings.img_size, seed=settings.seed, reading=settings,
     )  # fmt: skip
     plan = _plan(settings, loader, model, resolved.fingerprint, narrowed(run, settings, resolved))
     say_what_runs("tokenizer", model, to_train, plan.schedule.total, here, resolved)

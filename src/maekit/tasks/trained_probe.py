@@ -95,7 +95,7 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
         MaekitError: E-USAGE-, E-DATA-, E-CKPT-, E-CONFIG-.
     """
     train, val = labelled_splits(settings)
-    ready = training(settings, train, run, here)
+    ready = training(settings, train, val, run, here)
     probed = ready.model
     assert isinstance(probed, Probed)
     model = probed.model
@@ -117,7 +117,7 @@ def train_probe(settings: Probe, run: Run, here: World) -> Result:
     )
 
 
-def training(settings: Probe, train: Source, run: Run, here: World) -> Training:
+def training(settings: Probe, train: Source, val: Source, run: Run, here: World) -> Training:
     """Build all that the training runs with; a new run's config.yaml is written."""
     model = load_encoder(settings, here)
     pool = _pool(settings, model)
@@ -133,6 +133,7 @@ def training(settings: Probe, train: Source, run: Run, here: World) -> Training:
         model,
         statistics=statistics,
         classes=train.classes,
+        beside={"val": val},
         per_pass=PER_PASS if pool != "attentive" else None,
     )
     seed_all(settings.seed)
@@ -140,7 +141,7 @@ def training(settings: Probe, train: Source, run: Run, here: World) -> Training:
     view = ProbeView(model.img_size, settings.crop_scale or (0.08, 1.0), settings.flip is not False)
     loader = train_loader(
         train, view, loop, resolved, here, run,
-        size=model.img_size, seed=settings.seed, workers=settings.workers,
+        size=model.img_size, seed=settings.seed, reading=settings,
     )  # fmt: skip
     plan = Plan(
         schedule(loop, loader.steps_per_epoch, loader.batch_size),

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from maekit import __version__
 from maekit.data.augment import PretrainView
-from maekit.data.check import check
+from maekit.data.bad_images import FILE as BAD_FILES
+from maekit.data.bad_images import Policy
+from maekit.data.check import LIMIT, check
 from maekit.data.image import read_image, sniff
 from maekit.data.loader import Loader, View, auto_workers, steps_per_epoch
 from maekit.data.masks import Masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
-from maekit.settings import Images, Loop, Seen, Settings, Views
+from maekit.settings import Images, Loop, Reading, Seen, Settings, Steady, Views
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating, same_data
+from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating
+from maekit.tasks.same_data import Read, compared, write_down
 from maekit.train.device import World, check_compiler, launch, resolve_precision
 from maekit.train.loop import Evaluate, Outcome, Plan, Step, fit
 from maekit.train.schedule import schedule
@@ -80,7 +83,7 @@ def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int])
 
 def prepare(
     run: Run,
-    settings: Settings,
+    settings: Steady,
     loop: Loop,
     source: Source,
     world: World,
@@ -89,8 +92,12 @@ def prepare(
     statistics: Statistics | None = None,
     classes: list[str] | None = None,
     per_pass: int | None = None,
+    beside: Mapping[str, Source] | None = None,
+    masks: Masks | None = None,
 ) -> Resolved:
     """Decide once what must stay, write config.yaml; on a later launch return what stands there.
+
+    What the run reads is written down, and a later launch compares.
 
     Before the first step min(all, 10,000) images are read: unreadable ones are found, mean and deviation measured.
 
@@ -99,19 +106,19 @@ def prepare(
         loop: batch sizes and precision.
         model: its size decides where settings say auto; it is given the statistics of the images.
         statistics: mean and std to use in place of measured ones.
+        beside: images that are not trained on, by what they are for.
+        masks: given ones.
         per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
 
     Raises:
         MaekitError: E-CONFIG-PROCESSES, E-CONFIG-BATCH, E-CONFIG-IDLE, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD,
-            E-DATA-CHANGED,
-            E-ENV-PRECISION, E-ENV-COMPILER.
+            E-DATA-CHANGED, E-DATA-CLASSES, E-ENV-PRECISION, E-ENV-COMPILER.
     """
-    fingerprint = source.fingerprint()
     told = {f"setting {name}": str(value) for name, value in deciding(settings).items()}
-    world.agree(
-        {"version of maekit": __version__, "version of torch": torch.__version__, "images": fingerprint, **told}
-    )
-    same_data(run, len(source), fingerprint)
+    versions = {"version of maekit": __version__, "version of torch": torch.__version__}
+    world.agree({**versions, "images": source.fingerprint(), **told})
+    read = Read(source, beside or {}, masks)
+    known = run.resolved and compared(run, settings, read, world)
     batch = min(loop.batch_size, len(source))
     if loop.roll_back and not loop.spike_sigma:
         raise MaekitError(
@@ -120,20 +127,21 @@ def prepare(
         )  # fmt: skip
     if loop.compile:
         check_compiler(world.device)
-    if run.resolved is not None:
-        model.set_statistics(run.resolved.mean, run.resolved.std)
-        return _again(run.resolved, loop, batch, world)
+    if known is not None:
+        _same_classes(known, classes)
+        model.set_statistics(known.mean, known.std)
+        return _again(known, loop, batch, world)
     per_pass = per_pass or max(1, PATCHES_PER_PASS // model.num_patches)
     parts = micro_batch(loop, batch, world.size, per_pass)
     in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
-    found = measured(source, len(model.mean))
+    found = measured(source, len(model.mean), settings.bad_images)
     mean, std = statistics or found
     model.set_statistics(mean, std)
     resolved = Resolved(
         images=len(source),
-        fingerprint=fingerprint,
+        fingerprint=source.fingerprint(),
         precision=precision,
         micro_batch=parts,
         mean=mean,
@@ -151,16 +159,30 @@ def prepare(
     world.barrier()  # all have looked into the folder before one writes
     if world.is_main:
         describe(run, settings, resolved)
+    write_down(run, settings, read, world)
     return resolved
 
 
-def measured(source: Source, channels: int) -> Statistics:
+def _same_classes(known: Resolved, classes: list[str] | None) -> None:
+    """Refuse other classes than the model has outputs for, also where other images are accepted.
+
+    Raises:
+        MaekitError: E-DATA-CLASSES.
+    """
+    if classes != known.classes and known.classes is not None:
+        raise MaekitError(
+            "E-DATA-CLASSES", "classes of the images", found=", ".join(classes or ["none"]),
+            expected=f"those that the run began with: {', '.join(known.classes)}", hint="another --out",
+        )  # fmt: skip
+
+
+def measured(source: Source, channels: int, policy: Policy = "skip") -> Statistics:
     """Return mean and deviation of the images' channels, in units of 0..1; a channel that never changes has 1.
 
     Raises:
         MaekitError: E-DATA-BAD if too many images cannot be used.
     """
-    report = check(source, channels=channels)
+    report = check(source, channels=channels, policy=policy)
     return report.mean, tuple(value if value > 1e-4 else 1.0 for value in report.std)
 
 
@@ -248,7 +270,7 @@ def train_loader(
     *,
     size: tuple[int, int],
     seed: int,
-    workers: int | str,
+    reading: Reading,
     num_noise: int = 0,
     masks: Masks | None = None,
 ) -> Loader:
@@ -264,11 +286,14 @@ def train_loader(
         seed=seed,
         num_noise=num_noise,
         masks=masks,
-        workers=number_of_workers(workers, len(source), size),
+        workers=number_of_workers(reading.workers, len(source), size),
         device=world.device,
         rank=world.rank,
         world=world.size,
-        bad_log=run.path / "bad_files.jsonl",
+        read_timeout=reading.read_timeout,
+        bad_images=reading.bad_images,
+        bad_log=run.path / BAD_FILES,
+        looked_at=LIMIT,
     )
 
 
