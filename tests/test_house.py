@@ -37,6 +37,7 @@ DOORS: dict[str, set[str]] = {
     "interchange": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
     "report": {"__init__", "errors", "settings", "seeds", "config", *ROOMS, "scores"},
     "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "scores", "interchange"},
+    "soak": {"__init__", "errors", "settings", "failpoints", "config", *ROOMS, "interchange"},
     "tasks": {
         "__init__",
         "errors",
@@ -50,6 +51,7 @@ DOORS: dict[str, set[str]] = {
         "report",
         "interchange",
         "conformance",
+        "soak",
     },
     "cli": {"__init__", "errors", "settings", "recipes", "config", "tasks"},
     "__main__": {"cli"},

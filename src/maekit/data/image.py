@@ -14,6 +14,7 @@ Rules that hold for every image, in training, evaluation and display alike:
 """
 
 import io
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -76,6 +77,8 @@ MAX_SCANS = 1000
 """Scans of a progressive JPEG; real ones have about ten, and each costs a pass over all coefficients."""
 MAX_SCAN_PIXELS = 2**30
 """Scans times pixels of one JPEG: 16 scans of the largest image."""
+ROWS = 64
+"""Rows that are scaled at a time."""
 MAX_ARRAY_BYTES = 2**29
 """Bytes of one .npy array."""
 
@@ -88,6 +91,12 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "GIF": GifImageFile,
 }
 # The plugin classes skip Image.open's own size check, which warns; `_check_size` is stricter and stays silent.
+
+# What plugins and numpy warn of in an image that they then read (a tag too long, a header of Python 2) is nothing that
+# a user can act on, and thousands of such lines hide those that are.
+warnings.filterwarnings("ignore", module=r"PIL\.(Bmp|Gif|Jpeg|Png|Tiff|WebP)ImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of a frame of a GIF; MAX_PIXELS is less
+warnings.filterwarnings("ignore", message="Reading `.npy` or `.npz` file required additional header parsing")
 
 
 def read_image(data: bytes, *, channels: int | None = None, name: str = "image") -> Tensor:
@@ -244,7 +253,10 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # NaN too
         raise _Refusal(f"{word} pixels from {low} to {high}", f"0 to {top:g}, or an .npy array")
-    return (values * (255.0 / top) + 0.5).astype(np.uint8)
+    scaled = np.empty(values.shape, np.uint8)
+    for first in range(0, len(values), ROWS):  # in floats a large image would take eight times its memory
+        scaled[first : first + ROWS] = values[first : first + ROWS] * (255.0 / top) + 0.5
+    return scaled
 
 
 def _read_array(data: bytes, channels: int | None) -> Tensor:
