@@ -27,6 +27,7 @@ DOORS: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
     "failpoints": {"errors"},
+    "floors": {"errors"},
     "settings": {"errors"},
     "recipes": {"errors", "settings"},
     "config": {"__init__", "errors", "settings", "recipes"},
@@ -53,7 +54,7 @@ DOORS: dict[str, set[str]] = {
         "conformance",
         "soak",
     },
-    "cli": {"__init__", "errors", "settings", "recipes", "config", "tasks"},
+    "cli": {"__init__", "errors", "floors", "settings", "recipes", "config", "tasks"},
     "__main__": {"cli"},
 }
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,8 +115,8 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".tmp-write-{os.getpid()}"  # every process of a run tries
-        probe.touch()
+        probe = path / f".tmp-write-{uuid.uuid4().hex}"  # every process of a run tries
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise MaekitError(

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,8 +39,9 @@ class Log:
             return 0.0
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         with contextlib.suppress(OSError):
-            temporary = self.path.with_name(".tmp-metrics")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(temporary, self.path)
         return max((record.get("time", 0.0) for record in kept), default=0.0)
 
