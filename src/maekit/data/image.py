@@ -5,12 +5,17 @@ passes over in silence; what it cannot do (CMYK, arithmetic coding) goes to Pill
 go to exactly that one Pillow plugin, so no other decoder ever sees the bytes. Size is checked in the header, before
 any pixel is decoded. What is not an image that can be used is refused with E-DATA-IMAGE; the caller decides.
 
-Rules that hold for every image, in training, evaluation and display alike:
-    transparency        composed on white
-    EXIF orientation    not applied (nor are colour profiles)
-    animation, pages    first frame
+Rules that hold for every image, in training, evaluation and display alike (docs/images.md: with the reasons):
+    EXIF orientation    not applied
+    colour profiles     not applied; broken ones do no harm
+    transparency        composed on white: alpha, palette entries, colour keys
     16 bits             scaled by 1/257; 32-bit integers only within 0..65535, 32-bit floats only within 0..1
-    JPEG without end    read when only the end marker is missing, refused when pixels are
+    CMYK, YCCK, Lab     to RGB by Pillow, Adobe's inverted inks known
+    animation, pages    first frame
+    truncation          refused, and so is damage that the decoder sees; a JPEG that lacks only its end marker is whole
+    bombs               at most `MAX_PIXELS` by the header, `MAX_SCANS` of a progressive JPEG, `MAX_ARRAY_BYTES`
+    smallest side       `MIN_SIDE` pixels
+The fast JPEG path gives Pillow's pixels to the bit.
 """
 
 import io
@@ -96,6 +101,7 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
 # a user can act on, and thousands of such lines hide those that are.
 warnings.filterwarnings("ignore", module=r"PIL\.(Bmp|Gif|Jpeg|Png|Tiff|WebP)ImagePlugin")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of a frame of a GIF; MAX_PIXELS is less
+warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # a header is read as a Python literal
 warnings.filterwarnings("ignore", message="Reading `.npy` or `.npz` file required additional header parsing")
 
 

@@ -74,14 +74,14 @@ class Tally:
         refused: with a `MaekitError`.
         bad: anything else, one each.
         seconds: of all, in all processes.
-        slowest: seconds of one mutant.
+        slowest: seconds of one mutant, and its number.
     """
 
     fine: int = 0
     refused: int = 0
     bad: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
-    slowest: float = 0.0
+    slowest: tuple[float, int] = (0.0, 0)
 
     @property
     def tried(self) -> int:
@@ -236,14 +236,16 @@ class _Worker:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.started = folder, seed, 0
         self.context = multiprocessing.get_context("spawn")
-        self.at: Any = self.context.Array("d", 4, lock=False)  # number, fine, refused, seconds of the slowest
+        self.at: Any = self.context.Array(
+            "d", 5, lock=False
+        )  # number, fine, refused, seconds of the slowest, its number
         self.process: Any = None
         self.pipe: Any = None
         self.turn: Turn | None = None
         self.seen = (-1.0, 0.0)
 
     def begin(self, turn: Turn) -> None:
-        self.turn, self.at[:] = turn, [turn[1], 0, 0, 0]
+        self.turn, self.at[:] = turn, [turn[1], 0, 0, 0, 0]
         self.seen, self.since = (-1.0, 0.0), time.monotonic()
         if self.process is None:
             mine, theirs = self.context.Pipe()
@@ -296,7 +298,7 @@ class _Worker:
     def _count(self, tally: Tally) -> None:
         tally.fine += int(self.at[1])
         tally.refused += int(self.at[2])
-        tally.slowest = max(tally.slowest, self.at[3])
+        tally.slowest = max(tally.slowest, (self.at[3], int(self.at[4])))
         tally.seconds += time.monotonic() - self.since
 
     def stop(self) -> None:
@@ -334,7 +336,7 @@ def _serve(pipe: Any, at: Any, seed: int, folder: Path) -> None:
                     kind, seed, number, mutant(kind, seed, number, originals[kind])[0].name, "forbidden", strays[0]
                 )
                 strays.clear()
-            at[3] = max(at[3], time.monotonic() - began)
+            at[3], at[4] = max((at[3], at[4]), (time.monotonic() - began, number))
             if isinstance(found, Finding):
                 pipe.send(found)
             else:
