@@ -2,11 +2,17 @@
 
 import os
 
+from maekit import config, settings
+
 from .case import Case
 from .datasets import GOOD, PRETRAIN
 
 SHOW = "config show --verb pretrain --config HERE/c.yaml"
 FLAGS = "config show --verb pretrain"
+
+
+STORED = config.dump_yaml(config.resolve(settings.Pretrain)[0])
+"""The settings of a run, without what they resolved to."""
 
 
 def cases() -> list[Case]:
@@ -345,6 +351,44 @@ def runs() -> list[Case]:
             "E-CONFIG-",
             "knn",
             2,
+        ),
+        *(
+            Case(
+                f"a run that resolved to {what}",
+                {**GOOD, "new/config.yaml": f"{STORED}resolved: {text}\n"},
+                "pretrain --config HERE/new/config.yaml --data HERE/set --out HERE/new --device cpu",
+                "E-CONFIG-RUN",
+                "resolved",
+                2,
+            )
+            for what, text in {
+                "a word": "x",
+                "nothing": "",
+                "a list": "[1, 2]",
+                "words for images": "{images: many, fingerprint: x}",
+                "less": "{images: 3}",
+                "a model that is a list": "{images: 2, fingerprint: x, model: [1]}",
+            }.items()
+        ),
+        *(
+            Case(
+                f"a comparison of results that are {what}",
+                {
+                    "run/config.yaml": "format: 1\nverb: probe\nresolved: {images: 1, fingerprint: x}\n",
+                    "run/result.json": text,
+                },
+                "compare HERE/run HERE/run",
+                "E-CONFIG-RUN",
+                "no JSON",
+                2,
+            )
+            for what, text in {
+                "a number": "3",
+                "a word": '"x"',
+                "brackets": "[" * 100_000,
+                "nothing": "",
+                "cut": '{"a":',
+            }.items()
         ),
     ]
 
