@@ -94,6 +94,6 @@ def test_the_command_says_the_same(name: str, tmp_path: Path) -> None:
     case.lay(tmp_path / "given")
     before = tree(tmp_path / "given")
     words = [sys.executable, "-m", "maekit", *case.argv(tmp_path / "given")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path / "cwd")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path / "cwd")
     judge(case, done.returncode, done.stdout, done.stderr)
     assert tree(tmp_path / "given") == before and not list((tmp_path / "cwd").iterdir())
