@@ -12,7 +12,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu golden parity conformance lint types format build clean
+.PHONY: help install quickstart test test-slow test-gpu golden parity conformance lint types format audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,10 @@ types: $(TOOLS)  ## basedpyright
 format: $(TOOLS)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: $(TOOLS)  ## ask the advisory databases about every installed package (installs pip-audit; needs a network)
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9'
+	$(BIN)/python -m pip_audit --skip-editable --progress-spinner off
 
 build: $(TOOLS)  ## sdist and wheel in dist/
 	$(BIN)/python -m build

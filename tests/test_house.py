@@ -27,6 +27,7 @@ DOORS: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
     "failpoints": {"errors"},
+    "floors": {"errors"},
     "settings": {"errors"},
     "recipes": {"errors", "settings"},
     "config": {"__init__", "errors", "settings", "recipes"},
@@ -37,7 +38,7 @@ DOORS: dict[str, set[str]] = {
     "interchange": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
     "report": {"__init__", "errors", "settings", "seeds", "config", *ROOMS, "scores"},
     "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "scores", "interchange"},
-    "soak": {"__init__", "errors", "settings", "seeds", "failpoints", "train"},
+    "soak": {"__init__", "errors", "settings", "seeds", "failpoints", "config", *ROOMS, "interchange"},
     "tasks": {
         "__init__",
         "soak",
@@ -53,7 +54,7 @@ DOORS: dict[str, set[str]] = {
         "interchange",
         "conformance",
     },
-    "cli": {"__init__", "errors", "settings", "recipes", "config", "tasks"},
+    "cli": {"__init__", "errors", "floors", "settings", "recipes", "config", "tasks"},
     "__main__": {"cli"},
     "zygote": {"cli", "failpoints"},
 }

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from maekit import __version__, config, recipes, settings
+from maekit import __version__, config, floors, recipes, settings
 from maekit.errors import MaekitError, clean
 from maekit.recipes import cost, tables
 from maekit.tasks import Result
@@ -305,6 +305,7 @@ def _run(words: list[str]) -> Result:
     verb = _known(first)
     line = _parse(verb, words[1:])
     chosen, _ = config.resolve(VERBS[verb].settings, recipe=line.recipe, file=line.config, flags=line.flags)
+    floors.check()
     return getattr(import_module(VERBS[verb].module), VERBS[verb].function)(chosen)
 
 

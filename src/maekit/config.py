@@ -66,7 +66,7 @@ def resolve(
     sources = dict.fromkeys(cls.model_fields, "default")
     faults: list[_Fault] = []
     for source, layer in _layers(cls, recipe, file, flags or {}):
-        faults += _unknown(cls, layer, source) + _both(cls, layer, source)
+        faults += _unknown(cls, layer, source) + _both(cls, layer, source) + _code(cls, layer, source)
         for name, value in layer.items():
             if name in cls.model_fields:
                 replaced = [*_rivals(cls, name), *cls.takes_along.get(name, ())]
@@ -177,6 +177,15 @@ def _unknown(cls: type[Settings], layer: Mapping[str, object], source: str) -> l
         _Fault("E-CONFIG-KEY", f"{source}: unknown setting {clean(name, 60)!r}{suggest(name, cls.model_fields)}")
         for name in layer
         if name not in cls.model_fields
+    ]
+
+
+def _code(cls: type[Settings], layer: Mapping[str, object], source: str) -> list[_Fault]:
+    """Refuse to learn from a file which code to run."""
+    named = [name for name in cls.only_flags if layer.get(name) is not None and source != "flag"]
+    return [
+        _Fault("E-CONFIG-CODE", f"setting {name} ({source})", layer[name], f"--{name} as a flag: it runs code")
+        for name in named
     ]
 
 

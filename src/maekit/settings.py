@@ -101,6 +101,9 @@ class Settings(BaseModel):
     takes_recipes_of: ClassVar[tuple[type["Settings"], ...]] = ()
     """Settings of other verbs whose recipes serve this one too."""
 
+    only_flags: ClassVar[tuple[str, ...]] = ()
+    """Settings that a config file may not give: they name code that is run, and a file is data."""
+
     takes_only: ClassVar[tuple[str, ...]] = ()
     """What such a recipe decides here; empty: all that it says."""
 
@@ -902,6 +905,7 @@ class Doctor(Settings):
     """Audit an implementation of the method: this one, a library's, a file of weights, your own."""
 
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "checkpoint", "module"),)
+    only_flags: ClassVar[tuple[str, ...]] = ("module",)
 
     model: str | None = setting(
         None, "a library: transformers:vit-mae-base, timm:NAME, lightly, stable-pretraining; default: this installation"

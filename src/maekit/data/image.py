@@ -5,15 +5,21 @@ passes over in silence; what it cannot do (CMYK, arithmetic coding) goes to Pill
 go to exactly that one Pillow plugin, so no other decoder ever sees the bytes. Size is checked in the header, before
 any pixel is decoded. What is not an image that can be used is refused with E-DATA-IMAGE; the caller decides.
 
-Rules that hold for every image, in training, evaluation and display alike:
-    transparency        composed on white
-    EXIF orientation    not applied (nor are colour profiles)
-    animation, pages    first frame
+Rules that hold for every image, in training, evaluation and display alike (docs/images.md: with the reasons):
+    EXIF orientation    not applied
+    colour profiles     not applied; broken ones do no harm
+    transparency        composed on white: alpha, palette entries, colour keys
     16 bits             scaled by 1/257; 32-bit integers only within 0..65535, 32-bit floats only within 0..1
-    JPEG without end    read when only the end marker is missing, refused when pixels are
+    CMYK, YCCK, Lab     to RGB by Pillow, Adobe's inverted inks known
+    animation, pages    first frame
+    truncation          refused, and so is damage that the decoder sees; a JPEG that lacks only its end marker is whole
+    bombs               at most `MAX_PIXELS` by the header, `MAX_SCANS` of a progressive JPEG, `MAX_ARRAY_BYTES`
+    smallest side       `MIN_SIDE` pixels
+The fast JPEG path gives Pillow's pixels to the bit.
 """
 
 import io
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -76,6 +82,8 @@ MAX_SCANS = 1000
 """Scans of a progressive JPEG; real ones have about ten, and each costs a pass over all coefficients."""
 MAX_SCAN_PIXELS = 2**30
 """Scans times pixels of one JPEG: 16 scans of the largest image."""
+ROWS = 64
+"""Rows that are scaled at a time."""
 MAX_ARRAY_BYTES = 2**29
 """Bytes of one .npy array."""
 
@@ -88,6 +96,13 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "GIF": GifImageFile,
 }
 # The plugin classes skip Image.open's own size check, which warns; `_check_size` is stricter and stays silent.
+
+# What plugins and numpy warn of in an image that they then read (a tag too long, a header of Python 2) is nothing that
+# a user can act on, and thousands of such lines hide those that are.
+warnings.filterwarnings("ignore", module=r"PIL\.(Bmp|Gif|Jpeg|Png|Tiff|WebP)ImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of a frame of a GIF; MAX_PIXELS is less
+warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # a header is read as a Python literal
+warnings.filterwarnings("ignore", message="Reading `.npy` or `.npz` file required additional header parsing")
 
 
 def read_image(data: bytes, *, channels: int | None = None, name: str = "image") -> Tensor:
@@ -244,7 +259,10 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):  # NaN too
         raise _Refusal(f"{word} pixels from {low} to {high}", f"0 to {top:g}, or an .npy array")
-    return (values * (255.0 / top) + 0.5).astype(np.uint8)
+    scaled = np.empty(values.shape, np.uint8)
+    for first in range(0, len(values), ROWS):  # in floats a large image would take eight times its memory
+        scaled[first : first + ROWS] = values[first : first + ROWS] * (255.0 / top) + 0.5
+    return scaled
 
 
 def _read_array(data: bytes, channels: int | None) -> Tensor:

@@ -94,7 +94,7 @@ def _open(path: Path) -> np.ndarray:
     """Map an .npy file of bool or numbers into memory."""
     try:
         values = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # hostile bytes in a header make numpy raise anything: TokenError, MemoryError
         found = "Python objects (a pickle)" if "Python objects" in str(error) else error
         raise MaekitError("E-DATA-MASK", f"cannot read {path}", found=found, expected="an .npy array") from None
     return _numbers(values, path)
@@ -165,7 +165,7 @@ def _from_file(path: Path, grid: tuple[int, int]) -> Tensor:
             values = torch.from_numpy(_floats(_numbers(np.load(io.BytesIO(data), allow_pickle=False), path)))
         else:
             values = read_image(data, channels=1, name=str(path))[0].float() / 255
-    except (OSError, ValueError) as error:  # ValueError: a pickle, no array, a broken picture
+    except Exception as error:  # a pickle, no array, a broken picture, hostile bytes in a header
         if isinstance(error, MaekitError) and error.code == "E-DATA-MASK":
             raise
         found = error.args[0] if isinstance(error, MaekitError) else error

@@ -5,13 +5,14 @@ Nothing but labels is read when a source is opened. Images are read a row group 
 decoded again for every single image is slow: larger files want small row groups, and a warning says so.
 """
 
+import contextlib
 import json
 import logging
 import os
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -61,7 +62,7 @@ class ParquetSource(Source):
         assert self._rows is not None
         try:
             data = self._rows.read(self.keys[i])
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:  # as in `_from`
             raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found=error) from error
         if data is None:
             raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found="an empty cell")
@@ -121,7 +122,7 @@ def has_images(path: Path) -> bool:
     """Tell whether a parquet file has a column that could hold images."""
     try:
         return path.is_file() and bool(_binary_columns(pq.read_schema(path)))
-    except (OSError, pa.ArrowException):
+    except Exception:  # as in `_from`; whoever opens the file says so
         return False
 
 
@@ -160,7 +161,7 @@ def _layout(paths: Sequence[Path]) -> tuple[pa.Schema, list[RowGroup]]:
     """Return the schema of the first file and all row groups that hold rows."""
     schema, groups = None, []
     for path in paths:
-        try:
+        with _from("E-DATA-PATH", f"cannot open {path}"):
             if not path.is_file():
                 raise OSError("not a regular file")
             with pq.ParquetFile(path) as file:
@@ -168,10 +169,17 @@ def _layout(paths: Sequence[Path]) -> tuple[pa.Schema, list[RowGroup]]:
                 for index in range(file.metadata.num_row_groups):
                     group = file.metadata.row_group(index)
                     groups.append(RowGroup(str(path), index, group.num_rows, group.total_byte_size))
-        except (OSError, pa.ArrowException) as error:
-            raise MaekitError("E-DATA-PATH", f"cannot open {path}", found=error, expected="a parquet file") from error
     assert schema is not None
     return schema, [group for group in groups if group.num_rows]
+
+
+@contextlib.contextmanager
+def _from(code: str, what: str) -> Iterator[None]:
+    """Refuse a file at which pyarrow failed: hostile bytes make it raise anything (OSError, UnicodeDecodeError)."""
+    try:
+        yield
+    except Exception as error:
+        raise MaekitError(code, what, found=error, expected="a whole parquet file") from error
 
 
 def _binary_columns(schema: pa.Schema) -> list[str]:
@@ -209,8 +217,9 @@ def _image_column(schema: pa.Schema, group: RowGroup, asked: str | None, name: s
 
 
 def _starts_with_image(group: RowGroup, column: str) -> bool:
-    values = read_column(group, column)
-    return bool(values[0].is_valid) and sniff(values[0].as_py()) is not None
+    with _from("E-DATA-PATH", f"cannot read {group.path}, column {column!r}"):
+        values = read_column(group, column)
+        return bool(values[0].is_valid) and sniff(values[0].as_py()) is not None
 
 
 def _warn_of_large_groups(groups: list[RowGroup], name: str) -> None:
@@ -227,14 +236,13 @@ def _labels(
     if column is None:
         return None, None
     beside = f"{column}_name" if f"{column}_name" in schema.names else None
-    table = _read(paths, [column, *filter(None, [beside])], name)
-    values = table.column(column).to_pylist()
+    values, *names_beside = _read(paths, [column, *filter(None, [beside])], name)
     if None in values:
         raise MaekitError("E-DATA-LABELS", f"{name} row {values.index(None)}, column {column!r}", found="no label")
     if all(isinstance(value, int) and value < 0 for value in values):
         return None, None  # Hugging Face's way to say that a split has no labels
     if beside is not None:
-        names = [str(value) for value in table.column(beside).to_pylist()]
+        names = [str(value) for value in names_beside[0]]
         first = dict(sorted(zip(values, names, strict=True), reverse=True))
         return number(names, list(dict.fromkeys([*(first[v] for v in sorted(first)), *in_order(names)])), classes, name)
     if (spelled := _huggingface_names(schema, column)) is not None:
@@ -244,11 +252,11 @@ def _labels(
     return number(names, in_order(names), classes, name)
 
 
-def _read(paths: Sequence[Path], columns: list[str], name: str) -> pa.Table:
-    try:
-        return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
-    except (OSError, pa.ArrowException) as error:
-        raise MaekitError("E-DATA-COLUMN", f"cannot read the labels of {name}", found=error) from error
+def _read(paths: Sequence[Path], columns: list[str], name: str) -> list[list[Any]]:
+    """Return the values of each column."""
+    with _from("E-DATA-COLUMN", f"cannot read the labels of {name}"):
+        table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+        return [table.column(column).to_pylist() for column in columns]
 
 
 def _targets(
@@ -265,8 +273,7 @@ def _targets(
     if form.kind == "regression" and (spelled or f"{columns[0]}_name" in schema.names) and asked is None:
         raise MaekitError("E-DATA-TARGETS", f"column {columns[0]!r} of {name}", found="classes, which have names",
                           expected="numbers", hint="--label-column NAME, or no --task")  # fmt: skip
-    table = _read(paths, columns, name)
-    cells = list(zip(*(table.column(column).to_pylist() for column in columns), strict=True))
+    cells = list(zip(*_read(paths, columns, name), strict=True))
     if spelled and form.kind == "multilabel" and len(columns) == 1:
         cells = [(_all_spelled(row[0], spelled, f"{name} row {at}"),) for at, row in enumerate(cells)]
         known = known or spelled

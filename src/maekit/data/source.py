@@ -23,6 +23,8 @@ from torch import Tensor
 from maekit.data.image import from_pillow
 from maekit.errors import MaekitError
 
+MOST_DIGITS = 1000
+"""Of a whole number that classes are ordered by; Python reads 4300."""
 MAX_FILE_BYTES = 2**29
 """Bytes of one image file; 64 million pixels of three floats take more, a picture never does."""
 
@@ -246,6 +248,6 @@ def number(names: list[str], order: Sequence[str], classes: list[str] | None, wh
 def in_order(names: Iterable[str]) -> list[str]:
     """Return the distinct names sorted, by value when all are whole numbers."""
     distinct = set(names)
-    if all(name.isascii() and name.lstrip("-").isdigit() for name in distinct):
+    if all(name.isascii() and name.lstrip("-").isdigit() and len(name) <= MOST_DIGITS for name in distinct):
         return sorted(distinct, key=lambda name: (int(name), name))
     return sorted(distinct)

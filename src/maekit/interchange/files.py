@@ -12,6 +12,7 @@ import contextlib
 import io
 import itertools
 import json
+import mmap
 import pickle
 import pickletools
 import re
@@ -19,7 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -198,7 +199,7 @@ def _read_torch(path: Path) -> File:
     elif not head.startswith(b"\x80"):  # how every pickle of torch.save begins
         raise MaekitError("E-CKPT-FORMAT", f"{path}", found="no weights of any known kind", expected=READABLE)
     try:
-        with path.open("rb") as stream, torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+        with _opened(path, head) as stream, torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickle protocols: what matters is read, or refused below
             value = torch.load(stream, map_location="cpu", weights_only=True)  # a stream: no guesses by the file's name
     except Exception as error:  # damaged bytes make torch raise anything: struct.error, AssertionError, MemoryError
@@ -207,6 +208,14 @@ def _read_torch(path: Path) -> File:
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
         raise _cut_off(path, f"{type(error).__name__}: {clean(reason, 120)}") from error
     return _unwrap(path, value)
+
+
+def _opened(path: Path, head: bytes) -> IO[bytes]:
+    """Open what torch reads; a bare pickle so that no claim of a length asks for more memory than the file has."""
+    with path.open("rb") as stream:
+        if head.startswith(b"PK"):
+            return path.open("rb")
+        return cast(IO[bytes], mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _cut_off(path: Path, found: str) -> MaekitError:
@@ -257,7 +266,10 @@ def _globals_of(path: Path) -> list[str]:
             raw = stream.read(MOST_PICKLE_BYTES)
     except Exception:  # the file was refused already; this only looks for a name
         return []
-    return [name for name in dict.fromkeys(_globals(io.BytesIO(raw))) if not PLAIN_GLOBALS.fullmatch(name)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in strings that no one will use
+        names = dict.fromkeys(_globals(io.BytesIO(raw)))
+    return [name for name in names if not PLAIN_GLOBALS.fullmatch(name)]
 
 
 def _pickle_in(path: Path) -> IO[bytes]:

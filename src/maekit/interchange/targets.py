@@ -137,7 +137,8 @@ def save_target(
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(safetensors.torch.save(tensors, header))
+        with temporary.open("xb") as file:
+            file.write(safetensors.torch.save(tensors, header))
         os.replace(temporary, path)
     except OSError as error:
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"

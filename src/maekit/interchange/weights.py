@@ -431,6 +431,10 @@ def _own(path: Path, header: Header, tensors: Tensors) -> Reading:
     if kind == "classifier" and (header.pool is None or head is None or head.ndim != 1):
         raise MaekitError("E-CKPT-FORMAT", f"{path}", found="a classifier without pool or head")
     pool = header.pool if kind == "classifier" else None
+    blocks = (spec["depth"] or 0) + (spec["decoder_depth"] if kind == "mae" else 0)
+    if blocks > len(tensors):  # to build a thousand, without memory, takes seconds
+        raise MaekitError("E-CKPT-KEYS", f"tensors of {path}", found=f"{len(tensors)} for {blocks} blocks",
+                          expected="those of the model it names", hint="another copy of the file")  # fmt: skip
     try:
         expected = expected_tensors(spec, kind, pool, 0 if head is None else head.numel())
     except MaekitError as error:

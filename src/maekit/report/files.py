@@ -15,8 +15,8 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         MaekitError: E-ENV-OUT if the place cannot be written.
     """
-    with whole(path) as place:
-        place.write_bytes(data)
+    with whole(path) as place, place.open("xb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager

@@ -82,8 +82,18 @@ def write_report(path: Path | str, *, title: str, intro: str | Sequence[str] = (
         MaekitError: E-ENV-OUT if the place cannot be written.
     """
     html = render(title=title, intro=[intro] if isinstance(intro, str) else list(intro), sections=sections)
+    html = _without_home(html)
     # names of files may hold halves of surrogate pairs, which UTF-8 has no bytes for
     write_whole(Path(path), html.encode("utf-8", errors="replace"))
+
+
+def _without_home(html: str) -> str:
+    """Write the user's own folder as ~ in paths: pages are shown to others. Commands stay what they are in a shell."""
+    home = str(escape(str(Path.home())))
+    if home.count("/") < 1 or home == "/":
+        return html
+    beginning = rf"(?<![\w+/=.~-])(&#39;)?{re.escape(home)}/"  # never inside a picture's letters, or a longer path
+    return re.sub(beginning, lambda found: f"~/{found[1] or ''}", html)
 
 
 def render(*, title: str, intro: Sequence[str], sections: Sequence[Section]) -> str:

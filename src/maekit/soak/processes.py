@@ -1,6 +1,7 @@
 """Faults of processes: killed, signalled, two at once, loader workers that die or hang."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -88,6 +89,39 @@ def worker(bench: Bench, run: Path, random: Random) -> int:
     check_said(command, 0)
     if command.json["state_sha256"] != bench.digest:
         raise Lost("other bits after the death of a worker")
+    bench.finish(run, "--workers", "0")
+    return 0
+
+
+def hang(bench: Bench, run: Path, random: Random) -> int:
+    """F30: a loader worker hangs; the watchdog ends it, and the same batch is made again."""
+    command = bench.command(run, "--workers", "2", "--save-every", "6", "--read-timeout", "2")
+    end = time.monotonic() + 20
+    while not (workers := _workers(command)) and time.monotonic() < end and not command.group_is_gone():
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.5))
+    if workers:
+        try:
+            os.kill(random.choice(workers), signal.SIGSTOP)
+        except ProcessLookupError:
+            pass
+    command.wait()
+    check_said(command, 0)
+    if command.json["state_sha256"] != bench.digest:
+        raise Lost("other bits after a worker that hung")
+    bench.finish(run, "--workers", "0")
+    return 0
+
+
+def nan(bench: Bench, run: Path, random: Random) -> int:
+    """F35: a loss or gradient that is not a number, at any step; the weights are those of the step before."""
+    step, place = random.randint(1, STEPS), random.choice(("numbers-loss", "numbers-gradient"))
+    died = bench.faulty(run, f"{place}:on@{step}", "--workers", "0", "--log-every", "5").wait()
+    check_said(died, 4, pattern="error[E-NUM-")
+    newest = bench.check_verified(run)
+    if newest != step - 1 and step > 1:
+        raise Lost(f"bad numbers at step {step}, and the newest checkpoint is {newest}")
+    shutil.rmtree(run)  # that run logged every fifth step; another shows that the fault alone was it
     bench.finish(run, "--workers", "0")
     return 0
 

@@ -136,7 +136,7 @@ def _run(path: Path) -> tuple[str, Settings | None, dict[str, float], Prediction
         )  # fmt: skip
     try:
         metrics = dict(json.loads(result.read_text()))
-    except ValueError as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise MaekitError("E-CONFIG-RUN", f"{result}", found="no JSON", hint="run the same command again") from error
     found = {name: value for name, value in metrics.items() if isinstance(value, float) and name not in NO_SCORES}
     kept = path / FILE

@@ -72,7 +72,7 @@ class Part:
         """What it found, None while it is not finished."""
         try:
             return dict(json.loads((self.folder / "result.json").read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     @property

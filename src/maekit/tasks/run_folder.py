@@ -15,12 +15,13 @@ import re
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from maekit.config import deviations, dump_yaml, load_yaml, resolve
 from maekit.errors import MaekitError, clean
@@ -119,8 +120,8 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
     made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".tmp-write-{os.getpid()}"  # every process of a run tries
-        probe.touch()
+        probe = path / f".tmp-write-{uuid.uuid4().hex}"  # every process of a run tries
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise MaekitError(
@@ -273,11 +274,17 @@ def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:
     if (path / "result.json").exists():
         try:
             result = dict(json.loads((path / "result.json").read_text()))
-        except ValueError:
+        except (OSError, ValueError, TypeError, RecursionError):
             log.warning("%s cannot be read: the run counts as unfinished", path / "result.json")
     if result is None:
         log.info("%s: an unfinished run is here, going on", path)
-    return Run(path, Resolved.model_validate(header["resolved"]), result)
+    try:
+        return Run(path, Resolved.model_validate(header["resolved"]), result)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, ('resolved', *first['loc'])))}: {first['msg']}"
+        raise MaekitError("E-CONFIG-RUN", f"{file}", found=found, expected="what the run wrote",
+                          hint="another --out") from error  # fmt: skip
 
 
 def describe(run: Run, settings: Settings, resolved: Resolved) -> None:

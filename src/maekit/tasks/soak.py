@@ -21,11 +21,26 @@ from maekit.seeds import mix
 from maekit.settings import Soak
 from maekit.soak import processes, storage
 from maekit.soak.bench import Bench, Lost, make
+from maekit.soak.fuzz import KINDS as MUTANT_KINDS
+from maekit.soak.fuzz import fuzz
 from maekit.tasks import Result
 from maekit.tasks.run_folder import typed
 from maekit.train.log import clock
 
 log = logging.getLogger("maekit")
+
+MUTANTS = 500
+"""Damaged files that one trial of fuzz reads."""
+
+
+def _mutants(bench: Bench, run: Path, random: Random) -> int:
+    """Section 2 of docs/reliability.md: damaged files of one kind are read, or refused in one line."""
+    kind, seed = random.choice(list(MUTANT_KINDS)), random.randrange(2**31)
+    found = fuzz([kind], seed, mutants=MUTANTS, folder=run)[kind]
+    if found.bad:
+        raise Lost("; ".join(map(str, found.bad[:5])))
+    return 0
+
 
 Kind = Callable[[Bench, Path, Random], int]
 KINDS: dict[str, tuple[Kind, int]] = {
@@ -41,6 +56,9 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "errno": (storage.errno, 3),
     "full": (storage.full, 1),
     "clock": (storage.clock, 1),
+    "hang": (processes.hang, 1),
+    "nan": (processes.nan, 1),
+    "fuzz": (_mutants, 2),
 }
 """Kinds of faults, and how often each is drawn in proportion to the others."""
 
@@ -142,5 +160,6 @@ def _result(settings: Soak, tallies: dict[str, Tally]) -> Result:
         },
         "lost": [{"trial": number, "kind": kind, "what": what} for number, kind, what in sorted(lost)],
     }  # fmt: skip
-    end = f"{total} trials, {len(lost)} lost"
+    read = f", {MUTANTS * tallies['fuzz'].trials} damaged files" if "fuzz" in tallies else ""
+    end = f"{total} trials{read}, {len(lost)} lost"
     return Result(metrics, "\n".join([*aligned(rows), *lines, end]), int(bool(lost)))

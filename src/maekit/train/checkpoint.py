@@ -68,7 +68,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Return the digest of what decides the future: all tensors, the step and the loss scaler."""
-        return state_sha256(self.tensors, {name: self.state[name] for name in DECIDING})
+        return state_sha256(self.tensors, {name: self.state.get(name) for name in DECIDING})
 
 
 DECIDING = ("step", "scaler")
@@ -165,13 +165,18 @@ def load(path: Path) -> Checkpoint:
         MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (written by a newer maekit) or E-CKPT-DAMAGED, naming the file.
     """
     files, step = _manifest(path)
-    contents = {name: _read(path, name, files[name]) for name in files}
+    try:
+        contents = {name: _read(path, name, files[name]) for name in files}
+    except (OSError, ValueError) as error:  # a manifest with a name that no file can have; a disk that fails
+        if isinstance(error, MaekitError):
+            raise
+        raise _damaged(path, f"a file that cannot be read: {error}") from error
     if "state.json" not in contents or "model.safetensors" not in contents:
         raise _damaged(path / MANIFEST, "an incomplete list of files")
     try:  # sums that match say who wrote a file, not that it makes sense
         state = dict(json.loads(contents.pop("state.json")))
         tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in contents.items()}
-    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise _damaged(path, f"contents that cannot be read: {error}") from error
     if state.get("step") != step:
         raise _damaged(path / "state.json", f"step {state.get('step')} in a checkpoint of step {step}")
@@ -198,7 +203,7 @@ def _manifest(path: Path) -> tuple[dict[str, Any], int]:
         own = manifest.pop(OWN)
     except FileNotFoundError as error:
         raise MaekitError("E-CKPT-MISSING", f"checkpoint {path}", found=f"no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _damaged(path / MANIFEST, "not a readable manifest") from error
     if not isinstance(written, int) or written > FORMAT:
         raise MaekitError(

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,8 +39,9 @@ class Log:
             return 0.0
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         with contextlib.suppress(OSError):
-            temporary = self.path.with_name(".tmp-metrics")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(temporary, self.path)
         return max((record.get("time", 0.0) for record in kept), default=0.0)
 
@@ -93,13 +95,15 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, none of a file that is not there; a cut-off last line is left out."""
+    """Return the records of a metrics.jsonl, none of a file that is not there; lines that are none are left out."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 

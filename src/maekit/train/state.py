@@ -123,6 +123,12 @@ class State:
             MaekitError: E-CKPT-MODEL if it belongs to another model or optimizer.
         """
         theirs = saved.tensors
+        try:  # sums that match do not say that these are there
+            window, loss, scaler = tuple(saved.state["window"]), saved.state["loss"], saved.state["scaler"]
+            mishaps = Mishaps(**saved.state.get("mishaps", {}))  # none in checkpoints of version 0.1
+        except (KeyError, TypeError) as error:
+            raise MaekitError("E-CKPT-DAMAGED", f"state of {saved.path}", found=f"none of a training: {error}",
+                              hint="the previous checkpoint") from error  # fmt: skip
         _same_shapes(self.tensors()["model"], theirs["model"], saved.path)
         self.model.load_state_dict(theirs["model"])
         self._restore_optimizer(theirs.get("optimizer", {}), saved.path)
@@ -130,11 +136,9 @@ class State:
             _same_shapes(self.average.tensors, theirs.get("ema", {}), saved.path)
             for name, value in theirs["ema"].items():
                 self.average.tensors[name].copy_(value)
-        self.step, self.window = saved.step, tuple(saved.state["window"])
-        self.loss = saved.state["loss"]
-        self.mishaps = Mishaps(**saved.state.get("mishaps", {}))  # none in checkpoints of version 0.1
-        if saved.state["scaler"]:
-            self.scaler.load_state_dict(saved.state["scaler"])
+        self.step, self.window, self.loss, self.mishaps = saved.step, window, loss, mishaps
+        if scaler:
+            self.scaler.load_state_dict(scaler)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor], path: Path) -> None:
         """Hand each parameter's tensors to the optimizer's own loading, which knows where each belongs."""
