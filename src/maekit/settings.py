@@ -769,12 +769,12 @@ class Ckpt(Settings):
 
 
 class Soak(Settings):
-    """Prove it: a small run under faults drawn at random, compared bit by bit with one left in peace."""
+    """Put a small run under faults drawn at random, and compare its end bit by bit."""
 
     minutes: float = setting(1.0, "how long", gt=0)
     seed: int = setting(0, "of the faults: the same seed draws the same ones", ge=0, lt=2**63)
     kinds: Names | None = setting(
-        None, "kill,failpoint,signal,two,worker,flip,truncate,missing,swapped,errno,full,clock"
+        None, "kill,failpoint,signal,two,worker,hang,flip,truncate,missing,swapped,errno,full,clock,nan,fuzz"
     )
     trial: int | None = setting(None, "only this one, as a report of a loss names it", ge=0)
     out: Path | None = setting(None, "folder for what is left of a trial that lost something; default: not kept")

@@ -1,5 +1,6 @@
 """Faults of processes: killed, signalled, two at once, loader workers that die or hang."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -101,10 +102,8 @@ def hang(bench: Bench, run: Path, random: Random) -> int:
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.5))
     if workers:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(random.choice(workers), signal.SIGSTOP)
-        except ProcessLookupError:
-            pass
     command.wait()
     check_said(command, 0)
     if command.json["state_sha256"] != bench.digest:
