@@ -1,7 +1,7 @@
 """Train encoder and head on images with classes, tags or numbers, from pre-trained or random weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -136,20 +136,21 @@ def training(
 ) -> Training:  # fmt: skip
     """Build all that the training runs with; a new run's config.yaml is written, `origin` given the statistics."""
     train = parts.fit
+    view = FinetuneView(
+        origin.img_size,
+        settings.crop_scale,
+        settings.flip,
+        settings.auto_augment,
+        (0,) * len(origin.mean),
+        settings.color_jitter,
+    )
     model = _classifier(settings, origin, len(goal.names))
     channels_of(train, len(origin.mean))
     resolved = prepare(
         run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names, beside=parts.beside
     )
     model.to(here.device)
-    view = FinetuneView(
-        origin.img_size,
-        settings.crop_scale,
-        settings.flip,
-        settings.auto_augment,
-        tuple(round(255 * value) for value in resolved.mean),
-        settings.color_jitter,
-    )
+    view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
     loader = train_loader(
         goal.prepared(train), view, settings, resolved, here, run,
         size=origin.img_size, seed=settings.seed, reading=settings,

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -335,10 +336,11 @@ class Guard:
             "precision": self.settings.precision,
         }  # fmt: skip
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state.weights().items()}
-        temporary = self.run / f".tmp-{path.name}"  # where the next launch deletes what a kill left
+        temporary = self.run / f".tmp-{uuid.uuid4().hex}"  # where the next launch deletes what a kill left
         try:
             path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(safetensors.torch.save(weights, {HEADER: json.dumps(facts)}))
+            with temporary.open("xb") as file:
+                file.write(safetensors.torch.save(weights, {HEADER: json.dumps(facts)}))
             os.replace(temporary, path)
         except OSError as error:
             log.warning("no replay file: %s", error)
