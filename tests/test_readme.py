@@ -23,6 +23,14 @@ SHORTER = {
 """What makes a command of hours one of seconds; everything else runs as it stands."""
 
 
+def test_the_tests_that_promises_stand_on_are_there() -> None:
+    root = Path(__file__).parent.parent
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (root / "docs/reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert (root / file).is_file() and f"def {test}(" in (root / file).read_text() + "def (", (file, test)
+
+
 def run(command: str, where: Path) -> str:
     words = shlex.split(command)
     assert words[0] == "maekit"

@@ -1,7 +1,11 @@
-"""What a run goes on with, and what it refuses (F27); and surroundings that change no bit (F12, F14, F24)."""
+"""What a run goes on with, what it refuses (F27), whom it lets in (F10); surroundings change no bit (F12, F14, F24)."""
 
+import errno
+import fcntl
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +19,7 @@ import pytest
 from maekit.config import resolve
 from maekit.errors import MaekitError
 from maekit.settings import Finetune, Pretrain, Settings
-from maekit.tasks.run_folder import Resolved, describe, open_run
+from maekit.tasks.run_folder import LOCK, Resolved, alone, describe, open_run
 
 Run = Callable[..., Any]
 KINDS: list[tuple[type[Settings], str]] = [(Pretrain, "pretrain"), (Finetune, "finetune")]
@@ -128,3 +132,35 @@ def test_a_run_may_lie_anywhere(
     done = background(*words, "--out", f"{tmp_path}/{name}", environment={"TMPDIR": "/dev/shm"}).wait()
     assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"], done.stderr
     assert (tmp_path / name / "report.html").exists()
+
+
+def test_a_lock_whose_holder_was_killed_is_taken_over_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """F10."""
+    (tmp_path / LOCK).write_text("pid 4194999 on elsewhere since 2026-01-01 00:00:00")
+    with caplog.at_level(logging.WARNING, "maekit"), alone(tmp_path):
+        assert "pid 4194999 on elsewhere" in caplog.text and "going on in its place" in caplog.text
+        assert f"pid {os.getpid()}" in (tmp_path / LOCK).read_text()
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("holder", "taken"), [("pid 4194999 on HERE", True), ("pid 1 on HERE", False), ("pid 4194999 on elsewhere", False)]
+)
+def test_where_the_file_system_has_no_locks_the_word_of_the_file_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: str, taken: bool
+) -> None:
+    """F10: a process of another machine cannot be asked whether it lives."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    (tmp_path / LOCK).write_text(holder.replace("HERE", socket.gethostname()) + " since 2026-01-01 00:00:00")
+    monkeypatch.setattr(fcntl, "flock", none)
+    if taken:
+        with alone(tmp_path):
+            pass
+    else:
+        with pytest.raises(MaekitError, match=r"E-ENV-BUSY.*if it is gone, delete"), alone(tmp_path):
+            pass

@@ -46,6 +46,12 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(found.tensors[part][name], value)
 
 
+@pytest.mark.parametrize("metadata", [{}, META])
+def test_an_optimizer_without_a_state_comes_back_too(tmp_path: Path, metadata: dict[str, str]) -> None:
+    path = save(tmp_path, 1, {**tensors(), "optimizer": {}}, {"window": []}, metadata=metadata, keep=1)
+    assert load(path).tensors["optimizer"] == {}
+
+
 def test_files_follow_the_umask(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:

@@ -295,7 +295,8 @@ def _write_tensors(folder: Path, part: str, named: Tensors, metadata: dict[str, 
     ours = {name: value.detach().cpu().contiguous() for name, value in named.items()}
     reach("checkpoint-opened")
     try:
-        safetensors.torch.save_file(ours, path, metadata)  # lets other threads run, unlike `save`
+        # lets other threads run, unlike `save`; an empty part with empty metadata would be written as no JSON (0.8)
+        safetensors.torch.save_file(ours, path, metadata or None)
     except safetensors.SafetensorError as error:
         raise _as_os_error(error, path) from error
     path.chmod(mode)
