@@ -17,6 +17,7 @@ COMMANDS = [line[2:] for block in re.findall(r"```console\n(.*?)```", README, re
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 SHORTER = {
     "--minutes 30": "--minutes 0.05",
+    "--minutes 5": "--minutes 0.05",
     "--epochs 100": "--epochs 1",
     "--batch-size 64": "--batch-size 8",
 }
@@ -28,7 +29,7 @@ def test_the_tests_that_promises_stand_on_are_there() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (root / "docs/reliability.md").read_text(encoding="utf-8"))
     assert len(named) > 20
     for file, test in named:
-        assert (root / file).is_file() and f"def {test}(" in (root / file).read_text() + "def (", (file, test)
+        assert (root / file).is_file() and (not test or f"def {test}(" in (root / file).read_text()), (file, test)
 
 
 def run(command: str, where: Path) -> str:
