@@ -17,7 +17,6 @@ COMMANDS = [line[2:] for block in re.findall(r"```console\n(.*?)```", README, re
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 SHORTER = {
     "--minutes 30": "--minutes 0.05",
-    "--minutes 5": "--minutes 0.05",
     "--epochs 100": "--epochs 1",
     "--batch-size 64": "--batch-size 8",
 }
