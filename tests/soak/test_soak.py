@@ -13,6 +13,17 @@ from maekit.soak.storage import SAVING, flip
 from maekit.tasks.soak import KINDS, soak
 from maekit.train import checkpoint
 
+PLACES = {
+    "saver-write": 4,
+    "checkpoint-opened": -1,  # the second of the files of the first save
+    "checkpoint-written": -1,
+    "checkpoint-synced": 4,
+    "checkpoint-renamed": 8,
+    "checkpoint-saved": 8,
+    "checkpoint-pruned": 16,  # two are kept: the first goes at step 12, the second at 16
+}
+"""Places of a save, and the newest checkpoint after a kill at the second time that each is reached."""
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
@@ -29,17 +40,15 @@ def test_a_fault_of_every_kind_changes_no_bit(bench: Bench, kind: str, number: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", SAVING)
+@pytest.mark.parametrize(("place", "left"), PLACES.items())
 def test_a_kill_at_every_place_of_a_save_leaves_the_step_or_the_one_before(
-    bench: Bench, place: str, tmp_path: Path
+    bench: Bench, place: str, left: int, tmp_path: Path
 ) -> None:
-    """F2. The second save, of step 8, is the one that is killed."""
-    died = bench.faulty(
-        tmp_path / "run", f"{place}:kill@2", "--save-every", "4", "--keep", "2", "--workers", "0"
-    ).wait()
+    """F2: at the second time that each place is reached, of saves at steps 4, 8, 12, ..."""
+    words = ["--save-every", "4", "--keep", "2", "--workers", "0"]
+    died = bench.faulty(tmp_path / "run", f"{place}:kill@2", *words).wait()
     assert died.code == -9, died.stderr
-    newest = bench.check_verified(tmp_path / "run")
-    assert newest in (4, 8, 12)  # the first place of a save is reached twice within one of several files
+    assert bench.check_verified(tmp_path / "run") == left
     bench.finish(tmp_path / "run", "--workers", "0")
 
 
@@ -63,6 +72,10 @@ def test_a_broken_promise_is_noticed(bench: Bench, tmp_path: Path) -> None:
 def test_the_command_draws_the_same_trial_again() -> None:
     found = [soak({"seed": 3, "trial": 7, "minutes": 1}) for _ in range(2)]
     assert found[0].metrics == found[1].metrics and found[0].metrics["trials"] == 1 and found[0].exit_code == 0
+
+
+def test_each_place_of_a_save_is_tried() -> None:
+    assert set(PLACES) == set(SAVING)
 
 
 def test_an_unknown_kind_is_refused() -> None:
