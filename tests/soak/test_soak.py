@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from maekit.errors import MaekitError
+from maekit.settings import Soak
 from maekit.soak.bench import Bench, Lost, copied, make
 from maekit.soak.storage import SAVING, flip
 from maekit.tasks.soak import KINDS, soak
@@ -76,6 +77,10 @@ def test_the_command_draws_the_same_trial_again() -> None:
 
 def test_each_place_of_a_save_is_tried() -> None:
     assert set(PLACES) == set(SAVING)
+
+
+def test_the_help_names_the_kinds_there_are() -> None:
+    assert sorted(str(Soak.model_fields["kinds"].description).split(",")) == sorted(KINDS)
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -77,39 +78,18 @@ def two(bench: Bench, run: Path, random: Random) -> int:
 def worker(bench: Bench, run: Path, random: Random) -> int:
     """F29: a loader worker is killed; the same batch is made again."""
     command = bench.command(run, "--workers", "2", "--save-every", "6")
-    end = time.monotonic() + 20
-    while not (workers := _workers(command)) and time.monotonic() < end and not command.group_is_gone():
-        time.sleep(0.005)
+    _wait(command, lambda: bool(_workers(command)))
     time.sleep(random.uniform(0, 0.5))
-    for pid in workers[: random.randint(1, 2)]:
-        try:
-            os.kill(pid, random.choice((signal.SIGKILL, signal.SIGSEGV)))
-        except ProcessLookupError:
-            continue
-    command.wait()
-    check_said(command, 0)
-    if command.json["state_sha256"] != bench.digest:
-        raise Lost("other bits after the death of a worker")
-    bench.finish(run, "--workers", "0")
-    return 0
+    _strike(command, random, signal.SIGKILL, signal.SIGSEGV)
+    return _ended_alike(bench, run, command)
 
 
 def hang(bench: Bench, run: Path, random: Random) -> int:
     """F30: a loader worker hangs; the watchdog ends it, and the same batch is made again."""
     command = bench.command(run, "--workers", "2", "--save-every", "6", "--read-timeout", "2")
-    end = time.monotonic() + 20
-    # after the first step: one that has not started yet is given minutes
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < end and not command.group_is_gone():
-        time.sleep(0.005)
-    for pid in _workers(command)[: random.randint(1, 2)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
-    command.wait()
-    check_said(command, 0)
-    if command.json["state_sha256"] != bench.digest:
-        raise Lost("other bits after a worker that hung")
-    bench.finish(run, "--workers", "0")
-    return 0
+    _wait(command, (run / "metrics.jsonl").exists)  # after the first step: one that has not started is given minutes
+    _strike(command, random, signal.SIGSTOP)
+    return _ended_alike(bench, run, command)
 
 
 def nan(bench: Bench, run: Path, random: Random) -> int:
@@ -121,6 +101,30 @@ def nan(bench: Bench, run: Path, random: Random) -> int:
     if newest != step - 1 and step > 1:
         raise Lost(f"bad numbers at step {step}, and the newest checkpoint is {newest}")
     shutil.rmtree(run)  # that run logged every fifth step; another shows that the fault alone was it
+    bench.finish(run, "--workers", "0")
+    return 0
+
+
+def _wait(command: Command, condition: Callable[[], bool]) -> None:
+    """Wait until something is so, the command has ended, or 20 s are over."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end and not command.group_is_gone():
+        time.sleep(0.005)
+
+
+def _strike(command: Command, random: Random, *kinds: signal.Signals) -> None:
+    """Send one of these signals to one or two loader workers."""
+    for pid in _workers(command)[: random.randint(1, 2)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, random.choice(kinds))
+
+
+def _ended_alike(bench: Bench, run: Path, command: Command) -> int:
+    """Refuse a command that what happened to its workers has stopped or changed."""
+    command.wait()
+    check_said(command, 0)
+    if command.json["state_sha256"] != bench.digest:
+        raise Lost("other bits after what happened to a worker")
     bench.finish(run, "--workers", "0")
     return 0
 

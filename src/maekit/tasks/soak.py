@@ -160,6 +160,7 @@ def _result(settings: Soak, tallies: dict[str, Tally]) -> Result:
         },
         "lost": [{"trial": number, "kind": kind, "what": what} for number, kind, what in sorted(lost)],
     }  # fmt: skip
-    read = f", {MUTANTS * tallies['fuzz'].trials} damaged files" if "fuzz" in tallies else ""
+    mutants = MUTANTS * tallies["fuzz"].trials if "fuzz" in tallies else 0
+    read = f", {mutants} damaged files" if mutants else ""
     end = f"{total} trials{read}, {len(lost)} lost"
     return Result(metrics, "\n".join([*aligned(rows), *lines, end]), int(bool(lost)))

@@ -226,7 +226,7 @@ def world(device: str, peer_timeout: float = PEER_TIMEOUT) -> Iterator[World]:
     waits = timedelta(seconds=peer_timeout)
     try:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=waits)
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         raise MaekitError(
             "E-ENV-PEER", f"process {rank} of {size}", found=f"no word of all others: {str(error).splitlines()[0]}",
             expected=f"all within {peer_timeout:g} s", hint="start all, with the same address and a free port",

@@ -125,7 +125,7 @@ class State:
         theirs = saved.tensors
         try:  # sums that match do not say that these are there
             window, loss, scaler = tuple(saved.state["window"]), saved.state["loss"], saved.state["scaler"]
-            mishaps = Mishaps(**saved.state.get("mishaps", {}))  # none in checkpoints of version 0.1
+            mishaps = Mishaps(**saved.state.get("mishaps", {}))  # a checkpoint of best weights has none
         except (KeyError, TypeError) as error:
             raise MaekitError("E-CKPT-DAMAGED", f"state of {saved.path}", found=f"none of a training: {error}",
                               hint="the previous checkpoint") from error  # fmt: skip
