@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import maekit
-from maekit.train.loop import autocast
 from maekit.train.optim import adamw, pretrain_groups
+from maekit.train.precision import autocast
 
 LENGTHS = ((224, 16), (448, 16), (224, 8))
 """Image side and patch side in pixels: 196, 784 and 784 patches (method: long_seq_mae)."""

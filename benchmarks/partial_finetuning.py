@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import maekit
 from maekit.model.heads import classifier, freeze_below
-from maekit.train.loop import autocast
 from maekit.train.optim import adamw, finetune_groups
+from maekit.train.precision import autocast
 
 SERIES = (0, 0.5, 1, 2, 4, 6, 12, 18, 24, "all")
 CLASSES = 1000

@@ -201,6 +201,8 @@ def test_multiplications_of_the_papers_models(size: str, encoder: float, decoder
     found = [macs / 1e9 for macs in cost.pretraining_macs(chosen)]
     shape = cost.encoder_shape(chosen)  # the authors' code embeds the removed patches too
     found[0] += 0.75e-9 * shape.patches * shape.values * shape.width
+    tokens = 1 + shape.patches  # ... and the whole last block of the decoder
+    found[1] += 1e-9 * (1 + shape.patches // 4) * (10 * 512**2 + 2 * tokens * 512)
     assert found == pytest.approx([encoder, decoder], rel=0.005)
     assert cost.encoder_macs(chosen) / 1e9 == pytest.approx(whole, rel=0.005)
 
@@ -210,7 +212,8 @@ def test_mask_tokens_in_the_encoder_cost_three_times_the_operations() -> None:
     tokens, default = (
         sum(cost.pretraining_macs(row_recipe(table, table.row(n)).settings)) for n in ("with", "without")
     )
-    assert tokens / default == pytest.approx(3.24, abs=0.01)  # 3.22 where removed patches are embedded; the paper: 3.3
+    # 3.22 where removed patches are embedded and the decoder's last block is whole; the paper: 3.3
+    assert tokens / default == pytest.approx(3.26, abs=0.01)
 
 
 def test_the_formula_and_the_count_of_the_model_agree() -> None:
@@ -227,7 +230,9 @@ def test_the_formula_and_the_count_of_the_model_agree() -> None:
 
 def test_gpu_hours_follow_from_operations() -> None:
     found = hours(*row_of("paper/table1a-decoder-depth/8"))
-    assert found["pretrain"] == pytest.approx(6 * 20.76e9 * 800 * 1_281_167 / (312e12 * 0.3) / 3600, rel=0.01)
+    # what the authors' code computes, less 147 removed patches embedded and most of the last block for 50 tokens
+    spent = 20.76e9 - 147 * 768 * 1024 - 50 * (10 * 512**2 + 2 * 197 * 512)
+    assert found["pretrain"] == pytest.approx(6 * spent * 800 * 1_281_167 / (312e12 * 0.3) / 3600, rel=0.002)
     assert found.keys() == {"pretrain", "finetune", "probe"}
     assert hours(*row_of("paper/table3-comparison/scratch-l")).keys() == {"finetune"}
 

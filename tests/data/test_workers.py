@@ -385,3 +385,32 @@ def test_little_shared_memory_is_said_before_the_first_batch(program: Any) -> No
     told = program(f"exec unshare -rm bash -c '{inside} exec \"$@\"' -", 224)
     assert "E-ENV-SHM" in told and "found 1.0 MB free" in told and "--shm-size" in told
     assert program(f"exec unshare -rm bash -c '{inside} exec \"$@\"' -", 28) == "64\n64\n64\n"
+
+
+IMPORTS = "import os, time; print(os.getpid(), flush=True); {}; import maekit.data.orphan; time.sleep(60)"
+PARENT = """
+import os, subprocess, sys
+os.environ["MAEKIT_PARENT"] = str(os.getpid())
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("first", ["0", "time.sleep(0.5)"])
+def test_a_fork_server_that_still_imports_ends_with_its_parent(first: str) -> None:
+    """F43: when busy it imports for longer than it may outlive a kill -9 of its parent, also of one long gone."""
+    command = [sys.executable, "-c", PARENT, IMPORTS.format(first)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        server = int(parent.stdout.readline())
+        parent.kill()
+        end = time.monotonic() + 10
+        while _runs(server):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -99,14 +99,15 @@ def test_the_published_geometries(vit: str, expected: tuple[float, float, float]
 
 
 def test_a_block_by_hand() -> None:
-    # 16 patches of 7 x 7, 4 kept and the class token: 5 tokens of 24; decoder: 17 tokens of 16
+    # 16 patches of 7 x 7, 4 kept and the class token: 5 tokens of 24; decoder: keys and values of 17 tokens of 16,
+    # all else of the 12 removed ones
     spec: dict[str, Any] = {
         "name": "vit_tiny_patch16_224", "img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 24, "depth": 1,
         "num_heads": 3, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 4,
     }  # fmt: skip
     found = flops_of(0.75, **spec)
     embedding, block = 4 * 49 * 24, 12 * 24**2 * 5 + 2 * 5**2 * 24
-    decoder = 5 * 24 * 16 + 12 * 16**2 * 17 + 2 * 17**2 * 16 + 12 * 16 * 49
+    decoder = 5 * 24 * 16 + 2 * 16**2 * 17 + 10 * 16**2 * 12 + 2 * 12 * 17 * 16 + 12 * 16 * 49
     assert (found.encoder.forward, found.decoder.forward) == (2 * (embedding + block), 2 * decoder)
     assert (found.encoder.backward, found.decoder.backward) == (2 * (embedding + 2 * block), 4 * decoder)
     assert found.total == found.encoder.total + found.decoder.total == found.forward + found.backward

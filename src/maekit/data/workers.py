@@ -37,8 +37,10 @@ try:
 except ImportError:  # Windows
     resource = None
 
-PRELOADED = ["maekit.data.loader", "maekit.data.augment", "maekit.data.sources"]
+PRELOADED = ["maekit.data.orphan", "maekit.data.loader", "maekit.data.augment", "maekit.data.sources"]
 """What the fork server imports once: a worker that had to import torchvision and timm itself would take seconds."""
+PARENT = "MAEKIT_PARENT"
+"""Variable that tells the fork server who started it (`maekit.data.orphan`)."""
 PREFETCH = 4
 """Batches that each worker is ahead."""
 LOOK_EVERY = 1
@@ -404,7 +406,9 @@ def start_server() -> None:
         return
     resource_tracker.ensure_running()  # on its own: it lifts the block when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    os.environ[PARENT] = str(os.getpid())
     try:
         forkserver.ensure_running()
     finally:
+        del os.environ[PARENT]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

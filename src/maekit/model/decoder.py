@@ -8,6 +8,9 @@ Departures from the paper's default row: a latent of full length brings no mask 
 all are a linear head on such a latent, as BEiT's; "cross" lets mask tokens attend to the latent and not to one another,
 so that each place is decoded by itself (CrossMAE, arXiv 2401.14391).
 
+In training only some patches are asked for, and what the last block makes of the others goes nowhere: there they are
+attended to, and that is all. The numbers are the same.
+
 B batch, N patches, K kept patches, M patches wanted, D encoder width, Dd decoder width, T tokens with prefix.
 """
 
@@ -15,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
@@ -112,7 +116,10 @@ class Decoder(nn.Module):
             return self._decode_some(prefix, kept, ids_keep, ids)
         placed = kept if self.full_length else place(kept, ids_keep, self.mask_token, self.num_patches)
         tokens = torch.cat([prefix, placed], dim=1)
-        return _wanted(self._blocks(tokens + self.pos_embed)[:, self.num_prefix :], ids)
+        tokens = tokens + self.pos_embed
+        if ids is None or ids.shape[1] == self.num_patches:
+            return _wanted(self._blocks(tokens)[:, self.num_prefix :], ids)
+        return self._blocks(tokens, ids + self.num_prefix)
 
     def predict(self, tokens: Tensor) -> Tensor:
         """Return predictions (B, M, values) for any selection of tokens (B, M, Dd)."""
@@ -123,7 +130,8 @@ class Decoder(nn.Module):
         first, places = self.pos_embed[0].split([self.num_prefix, self.num_patches])
         asked = self.mask_token.expand(ids.shape[0], ids.shape[1], -1) + F.embedding(ids, places)
         tokens = torch.cat([prefix + first, kept + F.embedding(ids_keep, places), asked], dim=1)
-        return self._blocks(tokens)[:, -ids.shape[1] :]
+        last = torch.arange(tokens.shape[1] - ids.shape[1], tokens.shape[1], device=ids.device)
+        return self._blocks(tokens, last.expand_as(ids))
 
     def _ask(self, memory: Tensor, ids: Tensor | None) -> Tensor:
         """Let a mask token for each wanted place attend to what the encoder saw."""
@@ -138,11 +146,19 @@ class Decoder(nn.Module):
                 tokens = block(tokens, memory)
         return tokens
 
-    def _blocks(self, tokens: Tensor) -> Tensor:
+    def _blocks(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Run the blocks, the last one only as far as tokens (B, M) of `ids` need it."""
         assert isinstance(self.blocks, nn.Sequential)
-        if self.checkpointing and self.training:
-            return checkpoint_seq(self.blocks, tokens)
-        return self.blocks(tokens)
+        anew = self.checkpointing and self.training
+        blocks, last = (self.blocks, None) if ids is None else (self.blocks[:-1], self.blocks[-1])
+        tokens = checkpoint_seq(blocks, tokens) if anew and len(blocks) else blocks(tokens)
+        if last is None:
+            return tokens
+        if anew:
+            tokens = checkpoint(_some_of_block, last, tokens, ids, use_reentrant=False)
+            assert isinstance(tokens, Tensor)
+            return tokens
+        return _some_of_block(last, tokens, ids)
 
 
 class CrossBlock(nn.Module):
@@ -160,14 +176,34 @@ class CrossBlock(nn.Module):
 
     def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
         """Return tokens (B, M, Dd) after they looked at memory (B, T, Dd)."""
-        query = self._heads(self.q(self.norm1(tokens)))
-        key, value = map(self._heads, self.kv(memory).chunk(2, dim=-1))
+        query = _heads(self.q(self.norm1(tokens)), self.num_heads)
+        key, value = (_heads(part, self.num_heads) for part in self.kv(memory).chunk(2, dim=-1))
         seen = F.scaled_dot_product_attention(query, key, value)
         tokens = tokens + self.proj(seen.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norm2(tokens))
 
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+def _some_of_block(block: nn.Module, tokens: Tensor, ids: Tensor | None) -> Tensor:
+    """Return what one of the decoder's blocks makes of some of its tokens: (B, M, Dd) of tokens (B, T, Dd).
+
+    timm's block without what the decoder does not use (layer scale, drop path, norms of queries and keys).
+    """
+    assert isinstance(block, Block) and isinstance(block.attn, Attention) and ids is not None
+    attend, normed = block.attn, block.norm1(tokens)
+    (w_query, w_rest), (b_query, b_rest) = (
+        part.split([attend.attn_dim, 2 * attend.attn_dim]) for part in (attend.qkv.weight, attend.qkv.bias)
+    )
+    query = _heads(F.linear(select(normed, ids), w_query, b_query), attend.num_heads)
+    rest = F.linear(normed, w_rest, b_rest).chunk(2, dim=-1)
+    key, value = (_heads(part, attend.num_heads) for part in rest)
+    seen = F.scaled_dot_product_attention(query, key, value)
+    chosen = select(tokens, ids) + attend.proj(seen.transpose(1, 2).flatten(2))
+    return chosen + block.mlp(block.norm2(chosen))
+
+
+def _heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """Return (B, heads, T, width of one) of tokens (B, T, D)."""
+    return tokens.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def _wanted(tokens: Tensor, ids: Tensor | None) -> Tensor:

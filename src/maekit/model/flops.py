@@ -64,7 +64,7 @@ def flops(model: MaskedAutoencoder, mask_ratio: float = 0.75, *, every_patch: bo
         model: of any variant, on any device, meta too.
         mask_ratio: share of patches removed; no part where nothing is ever removed.
         every_patch: count as the authors' code computes: all patches are projected before they are masked, and the
-            last layer predicts for every token that the decoder has, the prefix too. ViT-L: 0.7 % more.
+            decoder's last block and the prediction are made of every token, the prefix too. ViT-L: 1.3 % more.
 
     Raises:
         MaekitError: E-CONFIG-MASK for a ratio that keeps no patch or all, E-CONFIG-DECODER for one that removes fewer
@@ -83,6 +83,8 @@ def flops(model: MaskedAutoencoder, mask_ratio: float = 0.75, *, every_patch: bo
     else:
         decoded = prefix + (keep + scored if decoder.parts else model.num_patches)
         decoding = _weights(decoder.embed) * latent + _blocks(decoder.blocks, decoded)
+        if scored < model.num_patches and not every_patch:
+            decoding -= _spared(decoder.blocks[-1], decoded, scored)
     decoding += _weights(decoder.pred) * (decoded if every_patch else scored)
     return Flops(Passes(2 * (encoding + embedding), 2 * (2 * encoding + embedding)), Passes(2 * decoding, 4 * decoding))
 
@@ -123,6 +125,13 @@ def encoder_flops(model: MaskedAutoencoder) -> int:
 def _blocks(blocks: Iterable[nn.Module], tokens: int) -> int:
     """Return the multiplications of Transformer blocks: every linear layer per token, and all pairs of tokens twice."""
     return sum(_weights(block) * tokens + 2 * tokens**2 * _attention_width(block) for block in blocks)
+
+
+def _spared(block: nn.Module, tokens: int, wanted: int) -> int:
+    """Return the multiplications that a block is spared where only some of its tokens are wanted of it."""
+    width = _attention_width(block)
+    keys_and_values = _weights(block.get_submodule("attn.qkv")) * 2 // 3
+    return (tokens - wanted) * (_weights(block) - keys_and_values + 2 * tokens * width)
 
 
 def _cross_blocks(blocks: Iterable[nn.Module], tokens: int, seen: int) -> int:

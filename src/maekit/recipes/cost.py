@@ -78,7 +78,11 @@ def pretraining_macs(settings: Pretrain, vocabulary: int = 8192) -> tuple[float,
     if settings.decoder_depth == 0:
         return encoder, float(predicted * shape.width * outputs)
     decoder = (1 + seen) * shape.width * settings.decoder_dim + predicted * settings.decoder_dim * outputs
-    return encoder, decoder + blocks(1 + shape.patches, settings.decoder_dim, settings.decoder_depth)
+    tokens = 1 + shape.patches
+    decoder += blocks(tokens, settings.decoder_dim, settings.decoder_depth)
+    if predicted < shape.patches:  # of its last block the others need no more than keys and values
+        decoder -= (tokens - predicted) * (10.0 * settings.decoder_dim**2 + 2.0 * tokens * settings.decoder_dim)
+    return encoder, decoder
 
 
 def gpu_hours(macs: float, images: float, *, trained: bool = True) -> float:

@@ -23,8 +23,8 @@ from maekit.tasks.same_data import same_data
 from maekit.tasks.streamed import first_of_each
 from maekit.tasks.training import PATCHES_PER_PASS, channels_of, number_of_workers
 from maekit.train import checkpoint
-from maekit.train.device import World, resolve_precision
-from maekit.train.loop import autocast
+from maekit.train.device import World
+from maekit.train.precision import autocast, resolve_precision
 
 log = logging.getLogger("maekit")
 

@@ -26,7 +26,7 @@ from maekit.tasks.scoring import Scorer, scorer
 from maekit.tasks.streamed import Parts, Rows, Work, images_of, stream
 from maekit.tasks.training import channels_of, spread
 from maekit.train.device import world
-from maekit.train.loop import autocast
+from maekit.train.precision import autocast
 
 log = logging.getLogger("maekit")
 

@@ -28,7 +28,7 @@ from maekit.tasks.run_folder import Resolved, Run, typed
 from maekit.tasks.training import Training, unlabelled
 from maekit.train.device import World, resolve_device
 from maekit.train.guard import HEADER
-from maekit.train.loop import autocast
+from maekit.train.precision import autocast
 
 SETTINGS: dict[str, type[Settings]] = {
     "pretrain": Pretrain,

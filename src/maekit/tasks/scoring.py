@@ -20,7 +20,7 @@ from maekit.tasks.training import number_of_workers
 from maekit.train.best import FOLDERS
 from maekit.train.checkpoint import newest
 from maekit.train.device import World
-from maekit.train.loop import autocast
+from maekit.train.precision import autocast
 from maekit.train.schedule import Schedule
 
 Tap = Callable[[Batch, Tensor], object]

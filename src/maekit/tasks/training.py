@@ -28,8 +28,9 @@ from maekit.settings import Images, Loop, Reading, Seen, Settings, Steady, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating
 from maekit.tasks.same_data import Read, compared, write_down
-from maekit.train.device import World, check_compiler, launch, resolve_precision
+from maekit.train.device import World, check_compiler, launch
 from maekit.train.loop import Evaluate, Outcome, Plan, Step, fit
+from maekit.train.precision import resolve_precision
 from maekit.train.schedule import schedule
 
 log = logging.getLogger("maekit")
@@ -136,6 +137,8 @@ def prepare(
     in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
+    if loop.precision == "auto" and world.any(precision == "fp32"):  # each process has measured for itself
+        precision = "fp32"
     found = measured(source, len(model.mean), settings.bad_images)
     mean, std = statistics or found
     model.set_statistics(mean, std)

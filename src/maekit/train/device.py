@@ -150,11 +150,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-BF16_WIDTH = 256
-"""Encoder width from which bf16 is faster on a CPU with AMX: below it casts cost more than AMX gains. Time of a step in
-fp32 over bf16, one thread of a Sapphire Rapids: 0.65 at 96, 0.71 at 128, 1.0 at 192, 1.2 at 256, 2.4 at 768."""
-
-
 def check_compiler(device: torch.device) -> None:
     """Refuse torch.compile where it cannot work.
 
@@ -165,37 +160,6 @@ def check_compiler(device: torch.device) -> None:
         raise MaekitError(
             "E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt-get install g++, or --no-compile"
         )
-
-
-def resolve_precision(name: str, device: torch.device, width: int) -> str:
-    """Turn "auto" into what the hardware does well; refuse what it cannot.
-
-    On a CPU bf16 pays only with AMX or AVX512-BF16, where with AVX2 alone it was measured 5 to 14 times slower than
-    fp32; and only for encoders at least `BF16_WIDTH` wide.
-
-    Raises:
-        MaekitError: E-ENV-PRECISION for fp16 without CUDA, or bf16 on a GPU that lacks it.
-    """
-    if name == "auto":
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        return "bf16" if device.type == "cpu" and _cpu_does_bf16() and width >= BF16_WIDTH else "fp32"
-    if name == "fp16" and device.type != "cuda":
-        raise MaekitError(
-            "E-ENV-PRECISION", "setting precision", found=f"fp16 on {device.type}", hint="--precision auto"
-        )
-    if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise MaekitError(
-            "E-ENV-PRECISION", "setting precision", found="bf16 on a GPU without it", hint="--precision fp16"
-        )
-    if name == "bf16" and device.type == "cpu" and not _cpu_does_bf16():
-        log.warning("bf16 on this CPU (no AMX, no AVX512-BF16) is 5 to 14 times slower than fp32")
-    return name
-
-
-def _cpu_does_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 PEER_TIMEOUT = 300.0

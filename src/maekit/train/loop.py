@@ -34,6 +34,7 @@ from maekit.train.device import World, circumstances, without_peer
 from maekit.train.guard import Guard
 from maekit.train.log import Log
 from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
+from maekit.train.precision import autocast
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
 from maekit.train.state import Average, State
@@ -307,12 +308,6 @@ def _wrap(model: nn.Module, step: Step, settings: Loop, world: World) -> nn.Modu
     if world.size > 1:
         call = DistributedDataParallel(call, device_ids=[world.device] if world.device.type == "cuda" else None)
     return call
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a pass runs at this precision."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, kinds[precision]) if precision in kinds else contextlib.nullcontext()
 
 
 def _no_sync(call: nn.Module, more_to_come: bool) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,210 @@
+"""In which arithmetic a pass runs: asked of the machine and measured on it, never assumed.
+
+Weights, optimizer and loss stay float32; `autocast` lets matrix products run in bfloat16 or float16. On a CPU whether
+bfloat16 pays differs by a factor of fifty between machines, so `resolve_precision` asks the processor for its
+instructions and times one layer in both.
+
+torch's fused attention on a CPU has a backward pass that in bfloat16 takes six times as long as in float32 (PyTorch
+2.14.1: half of the step of a small model). Inside `autocast` on a CPU, `attention` takes its place: the same forward
+kernel, and a backward pass of matrix products with logits, softmax and sums in float32, as in FlashAttention-2 (arXiv
+2307.08691, section 3.1). It keeps nothing more than the fused one, and torch.compile takes it as it is.
+
+B images, H heads, T tokens, S tokens attended to, D width of a head.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from maekit.errors import MaekitError
+
+log = logging.getLogger("maekit")
+
+LEAST_WIDTH = 64
+"""Encoder width from which bfloat16 is tried on a CPU: below it a step is no matter of matrix products."""
+PAYS = 1.4
+"""How many times as fast a layer has to be in bfloat16: casts and what else stays as it is take some of it back."""
+LONGEST = 256
+"""Tokens attended to up to which `attention` was measured faster than the fused one; at 785 it is slower."""
+LOGITS = 2**18
+"""Logits that the backward pass has at a time: 1 MiB of float32, which stays in a core's cache."""
+
+
+def resolve_precision(name: str, device: torch.device, width: int) -> str:
+    """Turn "auto" into what the hardware does well, and say why; refuse what it cannot.
+
+    Args:
+        name: "auto" | "fp32" | "bf16" | "fp16".
+        width: of the encoder.
+
+    Raises:
+        MaekitError: E-ENV-PRECISION for fp16 without CUDA, or bf16 on a GPU that lacks it.
+    """
+    if name == "auto":
+        chosen, why = best_precision(device, width)
+        log.info("precision %s: %s", chosen, why)
+        return chosen
+    if name == "fp16" and device.type != "cuda":
+        raise MaekitError(
+            "E-ENV-PRECISION", "setting precision", found=f"fp16 on {device.type}", hint="--precision auto"
+        )
+    if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise MaekitError(
+            "E-ENV-PRECISION", "setting precision", found="bf16 on a GPU without it", hint="--precision fp16"
+        )
+    if name == "bf16" and device.type == "cpu" and not _cpu_does_bf16():
+        log.warning("bf16 on this CPU (no AMX, no AVX512-BF16) is 5 to 14 times slower than fp32")
+    return name
+
+
+def best_precision(device: torch.device, width: int) -> tuple[str, str]:
+    """Return the precision for an encoder of this width, and the reason in words."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp16", f"compute capability {major}.{minor}"
+    if device.type != "cpu":
+        return "fp32", f"nothing else is tried on {device.type}"
+    if not _cpu_does_bf16():
+        return "fp32", "this CPU has neither AMX nor AVX512-BF16"
+    if width < LEAST_WIDTH:
+        return "fp32", f"an encoder {width} wide is too small for bf16 to pay"
+    ratio = _layer_in_fp32_over_bf16(width)
+    return "bf16" if ratio >= PAYS else "fp32", f"a layer of this width takes {ratio:.1f} times as long in fp32 here"
+
+
+def _cpu_does_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _layer_in_fp32_over_bf16(width: int, tokens: int = 256, rounds: int = 4) -> float:
+    """Time the products of a layer (width to 4 width; forward and backward) in both, in turns; the best of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def work(dtype: torch.dtype) -> Callable[[], object]:
+        inside, weight, grad = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((tokens, width), (width, 4 * width), (tokens, 4 * width))
+        )
+        return lambda: (inside @ weight, grad @ weight.T, inside.T @ grad)
+
+    works = {dtype: work(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(works, float("inf"))
+    for round_ in range(rounds + 1):
+        for dtype, run in works.items():
+            began = time.perf_counter()
+            run()
+            if round_:  # the first one makes ready
+                best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+@contextlib.contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """Let a pass run at this precision: "fp32" changes nothing."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        yield
+        return
+    with torch.autocast(device.type, kinds[precision]), OwnAttention() if device.type == "cpu" else _nothing():
+        yield
+
+
+_nothing: Any = contextlib.nullcontext
+
+
+class OwnAttention(TorchFunctionMode):
+    """While open, calls of torch's attention that `attention` is faster at go there, whoever makes them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass a call on."""
+        if func is F.scaled_dot_product_attention and _is_ours(*args, **(kwargs or {})):
+            return attention(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_ours(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **others: Any,
+) -> bool:
+    plain = attn_mask is None and not dropout_p and not is_causal and not any(others.values())
+    learns = torch.is_grad_enabled() and query.requires_grad
+    return plain and learns and query.ndim == 4 and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
+
+
+@torch.library.custom_op("maekit::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend: softmax(query key^T / sqrt(D)) value, on a CPU.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, H, S, D).
+        value: (B, H, S, D).
+
+    Returns:
+        (B, H, T, D), and (B, H, T) float32, the logarithm of each softmax's denominator.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    b, h, t, d = query.shape
+    lse = query.new_empty((b, t, h), dtype=torch.float32)
+    return query.new_empty((b, t, h, d)).transpose(1, 2), lse.transpose(1, 2)
+
+
+@torch.library.custom_op("maekit::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value; logits are computed again, some images at a time."""
+    scale = query.shape[-1] ** -0.5
+    grads = _like(query), _like(key), _like(value)
+    images = max(1, LOGITS // (query.shape[1] * query.shape[2] * key.shape[2]))
+    for start in range(0, len(query), images):
+        part = slice(start, start + images)
+        g, q, k, v, o, denominator = (x[part].flatten(0, 1) for x in (grad, query, key, value, out, lse))
+        p = torch.baddbmm(denominator[..., None], q.float(), k.float().mT, beta=-1, alpha=scale).exp_()
+        grad_v = torch.bmm(p.to(g.dtype).mT, g)
+        inner = torch.bmm(g, v.mT) - (g.float() * o).sum(-1, keepdim=True)
+        s = p.mul_(inner).mul_(scale).to(g.dtype)
+        for whole, one in zip(grads, (torch.bmm(s, k), torch.bmm(s.mT, q), grad_v), strict=True):
+            whole[part] = one.unflatten(0, (-1, whole.shape[1]))
+    return grads
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(query), _like(key), _like(value)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Return room for (B, H, T, D) in the order in which a layer before wants it: that of (B, T, H, D)."""
+    b, h, t, d = tensor.shape
+    return tensor.new_empty((b, t, h, d)).transpose(1, 2)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward(grad, *ctx.saved_tensors)
+
+
+attention.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,116 @@
+"""Attention of bfloat16 on a CPU against float64 and torch's own; what `auto` takes, and why."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maekit.errors import MaekitError
+from maekit.model.mae import create_model
+from maekit.train import precision
+from maekit.train.precision import LONGEST, OwnAttention, attention, autocast, best_precision, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def parts(batch: int, heads: int, asks: int, seen: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(batch, n, heads, width, generator=generator).transpose(1, 2) for n in (asks, seen, seen))
+    query, key, value = (part.bfloat16() for part in made)
+    return query, key, value
+
+
+def attended(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return what attention gives, and the gradients, as float64."""
+    query, key, value = leaves = [part.detach().clone().requires_grad_() for part in inputs]
+    out = F.scaled_dot_product_attention(query, key, value)
+    (out.double() * torch.arange(out.shape[2]).double().sin()[:, None]).sum().backward()
+    return [out.detach().double()] + [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+
+
+SHAPES = [
+    (3, 2, 5, 5, 8),
+    (2, 3, 50, 50, 64),
+    (70, 4, 65, 65, 16),
+    (2, 2, 9, 17, 8),
+    (1, 1, 1, 1, 4),
+    (2, 2, 7, LONGEST, 8),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_and_its_gradients_are_as_exact_as_torchs(shape: tuple[int, ...]) -> None:
+    inputs = parts(*shape)
+    exact = attended(tuple(part.double() for part in inputs))
+    theirs = attended(inputs)
+    with OwnAttention():
+        ours = attended(inputs)
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        error, usual = ((found - right).norm() / right.norm().clamp_min(1e-9) for found in (mine, other))
+        assert error <= max(1.5 * float(usual), 0.004), (error, usual)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own checker looks at it
+def test_the_operator_keeps_torchs_rules() -> None:
+    """Shapes and strides that torch.compile is told are those that come out; gradients are registered."""
+    query, key, value = (part.detach().clone().requires_grad_() for part in parts(2, 2, 5, 7, 8))
+    torch.library.opcheck(attention, (query, key, value))
+
+
+@pytest.mark.parametrize(
+    ("case", "ours"),
+    [({}, True), ({"dtype": torch.float32}, False), ({"is_causal": True}, False), ({"dropout_p": 0.1}, False),
+     ({"grad": False}, False), ({"scale": 0.5}, False), ({"seen": LONGEST + 1}, False)],
+)  # fmt: skip
+def test_only_what_it_is_made_for_goes_there(case: dict[str, Any], ours: bool) -> None:
+    query, key, value = parts(2, 2, 5, case.pop("seen", 5), 8)
+    learns, dtype = case.pop("grad", True), case.pop("dtype", torch.bfloat16)
+    leaf = query.to(dtype).requires_grad_(learns)
+    with OwnAttention():
+        out = F.scaled_dot_product_attention(leaf, key.to(dtype), value.to(dtype), **case)
+    assert ("maekit_attention" in str(out.grad_fn)) == ours
+
+
+def test_a_step_in_bf16_keeps_no_more_than_with_torchs_attention() -> None:
+    """Counted: what the forward pass leaves for the backward one."""
+    model = create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2,
+                         decoder_dim=32, decoder_depth=2, decoder_heads=2)  # fmt: skip
+    images, noise = torch.randn(8, 3, 32, 32), torch.rand(8, 64)
+
+    def kept(own: bool) -> tuple[int, float]:
+        held: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        context = autocast("bf16", CPU) if own else torch.autocast("cpu", torch.bfloat16)
+        with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(images, noise)
+        loss.backward()
+        return sum(held.values()), loss.item()
+
+    (own, loss), (theirs, other) = kept(True), kept(False)
+    assert own <= theirs
+    assert loss == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("does", "ratio", "width", "expected"),
+    [(True, 2.1, 768, "bf16"), (True, 1.1, 768, "fp32"), (True, 9.9, 32, "fp32"), (False, 9.9, 768, "fp32")],
+)
+def test_auto_follows_the_machine_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, does: bool, ratio: float, width: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": does})
+    monkeypatch.setattr(precision, "_layer_in_fp32_over_bf16", lambda width: ratio)
+    chosen, why = best_precision(CPU, width)
+    assert chosen == expected
+    assert {"bf16": "2.1 times as long"}.get(chosen, why) in why
+
+
+def test_what_the_device_cannot_do_is_refused() -> None:
+    with pytest.raises(MaekitError, match="E-ENV-PRECISION"):
+        resolve_precision("fp16", CPU, 64)
