@@ -221,6 +221,15 @@ VERBS: dict[str, Verb] = {
         "soak",
         ("maekit soak --minutes 60", "maekit soak --minutes 5 --kinds kill,errno --seed 7 --json"),
     ),
+    "bench": Verb(
+        settings.Bench,
+        "maekit.tasks.bench",
+        "bench",
+        (
+            "maekit bench train --recipe builtin/pretrain-fashion",
+            "maekit bench train --model vit_base_patch16_224 --vs transformers --json",
+        ),
+    ),
     "inspect": Verb(
         settings.Inspect,
         "maekit.tasks.inspect",

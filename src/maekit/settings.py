@@ -937,6 +937,28 @@ class Seen(Size, Views, Statistics):
     patch_size: int | None = setting(None, "patch side in pixels; default: the model's own", ge=1)
 
 
+class Bench(Size, Autoencoder, Masks, Machine):
+    """Measure how fast this machine trains, and what that takes."""
+
+    positional: ClassVar[tuple[str, ...]] = ("action",)
+    takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
+    takes_only: ClassVar[tuple[str, ...]] = (
+        *Size.model_fields, *Autoencoder.model_fields, *Masks.model_fields, "batch_size",
+    )  # fmt: skip
+
+    action: Literal["train", "memory", "mask"] | None = setting(
+        None,
+        "train: steps of pre-training, the machine's peak, MFU; memory: its peak in training; mask: drawing masks",
+    )
+    batch_size: int = setting(32, "images of a step", ge=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
+    compile: bool = setting(False, "train: compile maekit's model with torch.compile")
+    vs: Names | None = setting(None, "train, memory: peers that take turns: transformers,timm-forward,lightly")
+    rounds: int = setting(7, "train, mask: turns of each contender", ge=1)
+    threads: int | None = setting(None, "threads of the CPU; default: torch's own choice", ge=1)
+    profile: Path | None = setting(None, "train: write a trace of two steps here, for chrome://tracing")
+
+
 class Pca(Reading, Seen):
     """Fit principal components of patches: the target pca of pretrain."""
 

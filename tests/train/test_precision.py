@@ -97,6 +97,22 @@ def test_a_step_in_bf16_keeps_no_more_than_with_torchs_attention() -> None:
     assert loss == pytest.approx(other, rel=1e-3)
 
 
+def test_activations_that_are_computed_anew_in_bf16_change_no_gradient() -> None:
+    model = create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+                         decoder_dim=32, decoder_depth=2, decoder_heads=2).train()  # fmt: skip
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+
+    def gradients(anew: bool) -> list[Tensor]:
+        model.set_checkpointing(anew)
+        model.zero_grad()
+        with autocast("bf16", CPU):
+            model.loss(images, noise).backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    for plain, anew in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, anew)
+
+
 @pytest.mark.parametrize(
     ("does", "ratio", "width", "expected"),
     [(True, 2.1, 768, "bf16"), (True, 1.1, 768, "fp32"), (True, 9.9, 32, "fp32"), (False, 9.9, 768, "fp32")],

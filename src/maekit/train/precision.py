@@ -108,7 +108,11 @@ def _layer_in_fp32_over_bf16(width: int, tokens: int = 256, rounds: int = 4) -> 
 
 @contextlib.contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
-    """Let a pass run at this precision: "fp32" changes nothing."""
+    """Let a pass run at this precision: "fp32" changes nothing.
+
+    The backward pass belongs inside, too: with activation checkpointing it computes forward passes again, which have to
+    be the same ones.
+    """
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in kinds:
         yield

@@ -1,0 +1,200 @@
+"""Those who train: maekit as its own loop does, and peers of the same sizes as they are installed.
+
+Each is a model, an AdamW and a step (forward, backward, update) on the same images in the same precision. A peer is
+given its library's fastest attention.
+"""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from maekit.bench.machine import wait
+from maekit.errors import MaekitError
+from maekit.model.mae import MaskedAutoencoder
+from maekit.train.optim import pretrain_groups
+from maekit.train.precision import autocast
+
+PEERS = ("transformers", "timm-forward", "lightly")
+
+
+@dataclass
+class Contender:
+    """Someone who trains.
+
+    Attributes:
+        name: whom a table shows.
+        model: in train mode, on the device.
+        loss: of images (B, C, H, W).
+        precision: "fp32" | "bf16" | "fp16".
+        own: maekit's own context of a precision; a peer's is torch's autocast.
+        trains: False: forward passes only.
+    """
+
+    name: str
+    model: nn.Module
+    loss: Callable[[Tensor], Tensor]
+    precision: str
+    own: bool = False
+    trains: bool = True
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        fused = any(parameter.device.type in ("cpu", "cuda") for parameter in self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            pretrain_groups(self.model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=fused or None
+        )
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        if self.own:
+            return autocast(self.precision, device)
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
+
+    def step(self, images: Tensor) -> None:
+        """Train once."""
+        if not self.trains:
+            with torch.no_grad(), self.context(images.device):
+                self.loss(images)
+            return
+        with self.context(images.device):
+            loss = self.loss(images)
+            if self.own:  # as in maekit's loop: what is computed anew while going backward is computed alike
+                loss.backward()
+        if not self.own:
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self, images: Tensor) -> float:
+        """Train once and return how long it took."""
+        wait(images.device)
+        began = time.perf_counter()
+        self.step(images)
+        wait(images.device)
+        return time.perf_counter() - began
+
+
+def ours(model: MaskedAutoencoder, mask_ratio: float, precision: str, *, compiled: bool) -> Contender:
+    """Return maekit in training; masks come with the batch, as from the loader."""
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(images: Tensor) -> Tensor:
+        noise = torch.rand(len(images), model.num_patches, generator=generator).to(images.device)
+        return made(images, noise, mask_ratio)
+
+    made: Any = torch.compile(model.loss, dynamic=False) if compiled else model.loss
+    return Contender("maekit", model.train(), loss, precision, own=True)
+
+
+def peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, device: torch.device) -> Contender:
+    """Build a peer of the same sizes.
+
+    Raises:
+        MaekitError: E-CONFIG-PEER for an unknown one, or one that has no model like this; E-ENV-IMPORT if it is not
+            installed.
+    """
+    builders = {"transformers": _transformers, "timm-forward": _timm_forward, "lightly": _lightly}
+    if name not in builders:
+        raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=", ".join(PEERS))
+    model, loss = builders[name](ours, mask_ratio)
+    return Contender(name, model.to(device).train(), loss, precision, trains=name != "timm-forward")
+
+
+def peer_version(name: str) -> str:
+    """Return the version of a peer's library."""
+    return version(name.partition("-")[0])
+
+
+def _needed(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MaekitError(
+            "E-ENV-IMPORT", f"package {name.partition('.')[0]} cannot be imported", found=error,
+            hint=f"pip install {name.partition('.')[0]}",
+        ) from error  # fmt: skip
+
+
+def _plain(name: str, ours: MaskedAutoencoder) -> tuple[int, int]:
+    """Return side and heads of a model that a peer knows, too.
+
+    Raises:
+        MaekitError: E-CONFIG-PEER.
+    """
+    from maekit.model.variant import PAPER  # only peers are asked for the paper's row alone
+
+    odd = ours.img_size[0] != ours.img_size[1] or ours.variant != PAPER or ours.target not in ("pixel", "norm_pixel")
+    if odd:
+        raise MaekitError(
+            "E-CONFIG-PEER", "setting vs", found=f"{name}, which has no such variant",
+            expected="square images, the paper's default row, target pixel or norm_pixel",
+        )  # fmt: skip
+    return ours.img_size[0], ours.num_heads
+
+
+def _transformers(ours: MaskedAutoencoder, mask_ratio: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return its ViTMAEForPreTraining with sdpa."""
+    side, heads = _plain("transformers", ours)
+    library, decoder = _needed("transformers"), ours.decoder
+    config = library.ViTMAEConfig(
+        image_size=side, num_channels=ours.encoder.in_chans, patch_size=ours.patch, hidden_size=ours.encoder.embed_dim,
+        num_hidden_layers=len(ours.encoder.blocks), num_attention_heads=heads,
+        intermediate_size=4 * ours.encoder.embed_dim, decoder_hidden_size=decoder.embed.out_features,
+        decoder_num_hidden_layers=decoder.depth, decoder_num_attention_heads=ours.spec["decoder_heads"],
+        decoder_intermediate_size=4 * decoder.embed.out_features, mask_ratio=mask_ratio,
+        norm_pix_loss=ours.target == "norm_pixel", attn_implementation="sdpa",
+    )  # fmt: skip
+    model = library.ViTMAEForPreTraining(config)
+    return model, lambda images: model(images).loss
+
+
+def _timm_forward(ours: MaskedAutoencoder, _: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return a bare timm encoder that is run forward on whole images: a yardstick, no peer in training."""
+    spec = {key: ours.spec[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")}
+    model = timm.create_model(ours.spec["name"], img_size=ours.img_size, num_classes=0, **spec)
+    return model, model
+
+
+def _lightly(ours: MaskedAutoencoder, mask_ratio: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return lightly's parts, put together as its own benchmark of ViT-B/16 does."""
+    side, _ = _plain("lightly", ours)
+    _needed("lightly")
+    vits, decoders, tools = map(
+        import_module,
+        ("lightly.models.modules.masked_vision_transformer_timm", "lightly.models.modules.masked_autoencoder_timm",
+         "lightly.models.utils"),
+    )  # fmt: skip
+    spec = {key: ours.spec[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")}
+    vit = timm.create_model(ours.spec["name"], img_size=side, num_classes=0, **spec)
+    encoder: Any = vits.MaskedVisionTransformerTIMM(vit=vit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its name is to change
+        decoder: Any = decoders.MAEDecoderTIMM(
+            num_patches=ours.num_patches, patch_size=ours.patch, in_chans=ours.encoder.in_chans,
+            embed_dim=ours.encoder.embed_dim, decoder_embed_dim=ours.decoder.embed.out_features,
+            decoder_depth=ours.decoder.depth, decoder_num_heads=ours.spec["decoder_heads"],
+        )  # fmt: skip
+
+    def loss(images: Tensor) -> Tensor:
+        batch, length = len(images), encoder.sequence_length
+        keep, removed = tools.random_token_mask((batch, length), mask_ratio=mask_ratio, device=images.device)
+        latent = decoder.embed(encoder.encode(images, idx_keep=keep))
+        tokens = tools.repeat_token(decoder.mask_token, (batch, length))
+        tokens = tools.set_at_index(tokens, keep, latent.type_as(tokens))
+        pred = decoder.predict(tools.get_at_index(decoder.decode(tokens), removed))
+        target = tools.get_at_index(tools.patchify(images, ours.patch), removed - 1)
+        if ours.target == "norm_pixel":
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return nn.functional.mse_loss(pred, target)
+
+    return nn.ModuleDict({"encoder": encoder, "decoder": decoder}), loss

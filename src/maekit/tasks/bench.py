@@ -1,0 +1,275 @@
+"""Measure this machine: how fast it trains, what that takes of memory, what masks, the loader and decoding cost.
+
+``bench train`` steps through pre-training on images that are already there, so nothing but the step is measured; the
+best square matrix product of the same run stands beside it, and peers with ``--vs`` take turns with it in one process.
+Model FLOPs are those of `maekit.model.flops`; MFU is their share of that peak.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from maekit.bench.contenders import Contender, ours, peer, peer_version
+from maekit.bench.machine import describe, peak, wait
+from maekit.bench.memory import Held, Job, held
+from maekit.bench.shares import PARTS, shares
+from maekit.errors import MaekitError
+from maekit.model.flops import flops
+from maekit.model.mae import MaskedAutoencoder
+from maekit.model.masking import draw_masking
+from maekit.recipes import RECIPES
+from maekit.report.evaluation import aligned
+from maekit.settings import Bench, Pretrain, Settings
+from maekit.tasks import Result
+from maekit.tasks.pretrain import new_model
+from maekit.tasks.run_folder import typed
+from maekit.train.device import check_compiler, resolve_device
+from maekit.train.precision import best_precision, resolve_precision
+
+log = logging.getLogger("maekit")
+
+MODEL = {*Bench.takes_only, "device", "seed", "threads"}
+READS: dict[str, set[str]] = {
+    "train": MODEL | {"precision", "compile", "vs", "rounds", "profile"},
+    "memory": MODEL | {"precision", "vs"},
+    "mask": MODEL | {"precision", "rounds"},
+}
+"""Settings that each action reads, beside its own name."""
+MASKS = {
+    "random 75 %": ("random", 0.75), "block 50 %": ("block", 0.5), "block 75 %": ("block", 0.75),
+    "grid 75 %": ("grid", 0.75), "centre 25 %": ("centre", 0.25),
+}  # fmt: skip
+MASKED = 256
+"""Images whose masks are drawn at a time."""
+
+
+def bench(settings: Bench | dict[str, Any]) -> Result:
+    """Do what the action says.
+
+    Returns:
+        for train: images_per_second, step_seconds (p50, p90, p99), flops_per_image, flops_per_second, peak_flops, mfu,
+        shares, ratio ({peer: its seconds over ours}) and their spread.
+
+    Raises:
+        MaekitError: E-USAGE-ACTION, E-CONFIG-IDLE for a setting that the action does not read, E-CONFIG-PEER,
+            E-ENV-IMPORT, E-ENV-COMPILER, and what building the model raises.
+    """
+    settings = typed(Bench, settings)
+    if settings.action is None:
+        raise MaekitError("E-USAGE-ACTION", "nothing named to measure", hint=f"maekit bench {' | '.join(READS)}")
+    _refuse_unused(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return {"train": _train, "memory": _memory, "mask": _mask}[settings.action](settings)
+
+
+def _refuse_unused(settings: Bench) -> None:
+    assert settings.action is not None
+    stated = RECIPES[settings.recipe]().settings if settings.recipe else Settings()
+    given = {
+        name for name in settings.model_fields_set - {"action", "recipe"}
+        if getattr(settings, name) not in (getattr(stated, name, None), Bench.model_fields[name].default)
+    }  # fmt: skip
+    if unused := sorted(given - READS[settings.action]):
+        flag = f"--{unused[0].replace('_', '-')}"
+        raise MaekitError(
+            "E-CONFIG-IDLE", f"maekit bench {settings.action}", found=flag, expected="settings that it reads",
+            hint=f"leave {flag} out; maekit bench --help",
+        )  # fmt: skip
+
+
+def _model(settings: Bench, device: torch.device) -> MaskedAutoencoder:
+    shared = {name: getattr(settings, name) for name in (*Bench.takes_only, "seed") if name in Pretrain.model_fields}
+    return new_model(Pretrain(**shared), settings.channels or 3).to(device)
+
+
+def _images(settings: Bench, model: MaskedAutoencoder, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.batch_size, model.encoder.in_chans, *model.img_size)
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _precision(settings: Bench, model: MaskedAutoencoder, device: torch.device) -> tuple[str, str]:
+    """Return the precision, and why."""
+    if settings.precision == "auto":
+        return best_precision(device, model.encoder.embed_dim)
+    return resolve_precision(settings.precision, device, model.encoder.embed_dim), "as asked"
+
+
+def _train(settings: Bench) -> Result:
+    device = resolve_device(settings.device)
+    if settings.compile:
+        check_compiler(device)
+    model = _model(settings, device)
+    precision, why = _precision(settings, model, device)
+    images = _images(settings, model, device)
+    contenders = [ours(model, settings.mask_ratio, precision, compiled=settings.compile)]
+    contenders += [peer(name, model, settings.mask_ratio, precision, device) for name in settings.vs or []]
+    first = {one.name: one.seconds(images) for one in contenders}
+    times = turns(contenders, images, settings.rounds)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    best, side = peak(device, dtype)
+    seconds = sorted(times["maekit"])
+    middle = statistics.median(seconds)
+    count = flops(model, settings.mask_ratio).total
+    reached = count * settings.batch_size / middle
+    ratios = {name: sorted(a / b for a, b in zip(times[name], times["maekit"], strict=True)) for name in times}
+    del ratios["maekit"]
+    eager = ours(model, settings.mask_ratio, precision, compiled=False)
+    parts = shares(eager, images)
+    if settings.profile:
+        _trace(eager, images, settings.profile)
+    metrics: dict[str, object] = {
+        **describe(device), "model": settings.model, "batch_size": settings.batch_size, "precision": precision,
+        "precision_why": why, "compile": settings.compile, "mask_ratio": settings.mask_ratio,
+        "images_per_second": settings.batch_size / middle,
+        "step_seconds": {"p50": middle, "p90": _quantile(seconds, 0.9), "p99": _quantile(seconds, 0.99)},
+        "first_step_seconds": first["maekit"],
+        "flops_per_image": count, "flops_per_second": reached, "peak_flops": best, "peak_side": side,
+        "mfu": reached / best, "shares": parts,
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratio_min": {name: values[0] for name, values in ratios.items()},
+        "ratio_max": {name: values[-1] for name, values in ratios.items()},
+        "versions": {name: peer_version(name) for name in ratios}, "rounds": settings.rounds,
+    }  # fmt: skip
+    return Result(metrics, "\n".join(_told(settings, contenders, times, metrics, why)))
+
+
+def turns(contenders: list[Contender], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each one's steps, taken in turns; who begins changes every time."""
+    times: dict[str, list[float]] = {one.name: [] for one in contenders}
+    for number in range(rounds + 1):
+        for one in contenders if number % 2 else contenders[::-1]:
+            seconds = one.seconds(images)
+            if number:  # the first warms up
+                times[one.name].append(seconds)
+    return times
+
+
+def _told(
+    settings: Bench, contenders: list[Contender], times: dict[str, list[float]], found: dict[str, Any], why: str
+) -> Iterator[str]:
+    threads = f", {found['threads']} threads" if "threads" in found else ""
+    yield f"{found['device']}{threads}, torch {found['torch']}; {found['precision']}: {why}"
+    yield f"{settings.model}, batch {settings.batch_size}, mask ratio {settings.mask_ratio:g}; {settings.rounds} rounds"
+    rows: list[tuple[str, ...]] = [("", "images/s", "s a step", "p90", "p99", "its time / ours")]
+    for one in contenders:
+        seconds = sorted(times[one.name])
+        middle = statistics.median(seconds)
+        spread = ""
+        if one.name in found["ratio"]:
+            low, high = found["ratio_min"][one.name], found["ratio_max"][one.name]
+            spread = f"{found['ratio'][one.name]:.2f} ({low:.2f} to {high:.2f})"
+        name = one.name if one.trains else f"{one.name}, forward pass only, whole images"
+        rows.append((
+            name, f"{settings.batch_size / middle:,.1f}", f"{middle:.4f}", f"{_quantile(seconds, 0.9):.4f}",
+            f"{_quantile(seconds, 0.99):.4f}", spread,
+        ))  # fmt: skip
+    yield from aligned(rows)
+    yield (
+        f"{found['flops_per_image'] / 1e9:.3g} GFLOP an image, {found['flops_per_second'] / 1e9:,.0f} GFLOP/s of "
+        f"{found['peak_flops'] / 1e9:,.0f} in a square product of {found['peak_side']}: MFU {found['mfu']:.0%}"
+    )
+    if settings.compile:
+        yield f"compiled: the first step took {found['first_step_seconds']:.1f} s"
+    yield "of a step: " + ", ".join(f"{name} {found['shares'][name]:.0%}" for name in PARTS)
+    if settings.profile:
+        yield f"trace: {settings.profile}"
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+
+def _trace(contender: Contender, images: Tensor, place: Path) -> None:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (images.device.type == "cuda")
+    with profile(activities=activities, record_shapes=True) as found:
+        contender.step(images)
+        contender.step(images)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    found.export_chrome_trace(str(place))
+
+
+def _memory(settings: Bench) -> Result:
+    device = resolve_device(settings.device)
+    model = _model(settings, torch.device("cpu"))
+    precision, why = _precision(settings, model, device)
+    shape = (settings.batch_size, model.encoder.in_chans, *model.img_size)
+
+    def job(name: str, *, checkpointing: bool = False) -> Job:
+        return Job(
+            name, model.spec, shape, settings.mask_ratio, precision, str(device), torch.get_num_threads(), checkpointing
+        )
+
+    jobs = {"maekit": job("maekit"), "maekit --checkpointing": job("maekit", checkpointing=True)}
+    peers = [name for name in settings.vs or [] if name != "timm-forward"]
+    found: dict[str, Held] = {name: held(one) for name, one in (jobs | {name: job(name) for name in peers}).items()}
+    base = found[peers[0] if peers else "maekit"]
+    against = peers[0] if peers else "maekit"
+    rows: list[tuple[str, ...]] = [("", "MiB at the peak", f"of {against}'s", "s a step", f"of {against}'s")]
+    rows += [
+        (
+            name,
+            f"{one.mib:,.0f}",
+            f"{one.mib / base.mib:.2f}",
+            f"{one.seconds:.3f}",
+            f"{one.seconds / base.seconds:.2f}",
+        )
+        for name, one in found.items()
+    ]
+    metrics: dict[str, object] = {
+        **describe(device), "model": settings.model, "batch_size": settings.batch_size, "precision": precision,
+        "mib": {name: one.mib for name, one in found.items()},
+        "seconds": {name: one.seconds for name, one in found.items()},
+        "of": {name: one.mib / base.mib for name, one in found.items()}, "against": against,
+    }  # fmt: skip
+    head = f"{settings.model}, batch {settings.batch_size}, {precision} ({why}); each in a process of its own"
+    return Result(metrics, "\n".join([head, *aligned(rows)]))
+
+
+def _mask(settings: Bench) -> Result:
+    device = resolve_device(settings.device)
+    model = _model(settings, device)
+    precision, _ = _precision(settings, model, device)
+    images = _images(settings, model, device)
+    trained = ours(model, settings.mask_ratio, precision, compiled=False)
+    noise = torch.rand(MASKED, model.num_patches, device=device)
+    kinds = {
+        name: (lambda kind=kind, ratio=ratio: draw_masking(kind, noise, model.grid, ratio, settings.mask_unit).mask)
+        for name, (kind, ratio) in MASKS.items()
+    }
+    drawn: dict[str, list[float]] = {name: [] for name in kinds}
+    steps: list[float] = []
+    for number in range(settings.rounds + 1):
+        step = trained.seconds(images) * MASKED / settings.batch_size
+        timed = {name: _seconds(draw, device) for name, draw in kinds.items()}
+        if number:
+            steps.append(step)
+            for name, seconds in timed.items():
+                drawn[name].append(seconds)
+    step = statistics.median(steps)
+    middle = {name: statistics.median(seconds) for name, seconds in drawn.items()}
+    rows: list[tuple[str, ...]] = [(f"masks of {MASKED} images", "ms", "of a step")]
+    rows += [(name, f"{1000 * seconds:.2f}", f"{seconds / step:.4%}") for name, seconds in middle.items()]
+    metrics: dict[str, object] = {
+        **describe(device), "model": settings.model, "precision": precision, "step_seconds": step,
+        "seconds": middle, "share": {name: seconds / step for name, seconds in middle.items()},
+    }  # fmt: skip
+    head = f"{settings.model}, {precision}: {step:.2f} s for a step of {MASKED} images, from {settings.batch_size}"
+    return Result(metrics, "\n".join([head, *aligned(rows)]))
+
+
+def _seconds(run: Callable[[], object], device: torch.device, times: int = 10) -> float:
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    wait(device)
+    return (time.perf_counter() - began) / times
