@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from maekit.errors import MaekitError
 from maekit.model.mae import create_model
 from maekit.train import precision
-from maekit.train.precision import LONGEST, OwnAttention, attention, autocast, best_precision, resolve_precision
+from maekit.train.precision import LONGEST, attention, autocast, best_precision, own_attention, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_attention_and_its_gradients_are_as_exact_as_torchs(shape: tuple[int, ..
     inputs = parts(*shape)
     exact = attended(tuple(part.double() for part in inputs))
     theirs = attended(inputs)
-    with OwnAttention():
+    with own_attention():
         ours = attended(inputs)
     for mine, other, right in zip(ours, theirs, exact, strict=True):
         error, usual = ((found - right).norm() / right.norm().clamp_min(1e-9) for found in (mine, other))
@@ -68,7 +68,7 @@ def test_only_what_it_is_made_for_goes_there(case: dict[str, Any], ours: bool) -
     query, key, value = parts(2, 2, 5, case.pop("seen", 5), 8)
     learns, dtype = case.pop("grad", True), case.pop("dtype", torch.bfloat16)
     leaf = query.to(dtype).requires_grad_(learns)
-    with OwnAttention():
+    with own_attention():
         out = F.scaled_dot_product_attention(leaf, key.to(dtype), value.to(dtype), **case)
     assert ("maekit_attention" in str(out.grad_fn)) == ours
 

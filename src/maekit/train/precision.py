@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from maekit.errors import MaekitError
 
@@ -117,21 +116,33 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
     if precision not in kinds:
         yield
         return
-    with torch.autocast(device.type, kinds[precision]), OwnAttention() if device.type == "cpu" else _nothing():
+    with torch.autocast(device.type, kinds[precision]), own_attention() if device.type == "cpu" else _nothing():
         yield
 
 
 _nothing: Any = contextlib.nullcontext
+_torchs = F.scaled_dot_product_attention
 
 
-class OwnAttention(TorchFunctionMode):
-    """While open, calls of torch's attention that `attention` is faster at go there, whoever makes them."""
+@contextlib.contextmanager
+def own_attention() -> Iterator[None]:
+    """While open, torch's function is one that passes on to `attention` what that is faster at, whoever calls it.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass a call on."""
-        if func is F.scaled_dot_product_attention and _is_ours(*args, **(kwargs or {})):
-            return attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+    Encoders stay timm's, which look the function up when they need it. A mode of torch (`TorchFunctionMode`) would do
+    the same, but is left for the time of a backward pass.
+    """
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_ours(query, key, value, *args, **kwargs):
+        return attention(query, key, value)[0]
+    return _torchs(query, key, value, *args, **kwargs)
 
 
 def _is_ours(
