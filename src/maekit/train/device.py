@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from maekit.errors import MaekitError
+from maekit.settings import PEER_TIMEOUT
 
 log = logging.getLogger("maekit")
 T = TypeVar("T")
@@ -196,10 +197,6 @@ def resolve_precision(name: str, device: torch.device, width: int) -> str:
 def _cpu_does_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-PEER_TIMEOUT = 300.0
-"""Seconds that a process waits for the others: torch's own half an hour is a night's GPU time on a large cluster."""
 
 
 @contextlib.contextmanager
