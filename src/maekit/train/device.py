@@ -110,12 +110,14 @@ def circumstances(world: World, micro_batch: int) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Return what the system calls its processor."""
+    """Return what the system calls its processor, with numbers where it has them: virtual ones share a name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    first = dict(re.findall(r"^(.+?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    numbers = ", ".join(f"{name} {first[name]}" for name in ("cpu family", "model") if name in first)
+    return first.get("model name", platform.machine()) + (f" ({numbers})" if numbers else "")
 
 
 _group: dict[str, Any] = {}
