@@ -80,7 +80,7 @@ def settings_of(folder: Path, **changes: Any) -> Pretrain:
 def batches(folder: Path) -> dict[str, Any]:
     """Return images, noise and masks of the next steps."""
     settings = settings_of(folder)
-    source = open_source(settings.data, "train-or-all")
+    source = open_source(folder / "images", "train-or-all")
     ready = training(settings, source, open_run(folder / "run", "pretrain", settings), HERE)
     assert isinstance(ready.model, MaskedAutoencoder)
     found: dict[str, Any] = {"ids": [], "noise": [], "removed": []}
@@ -133,7 +133,7 @@ def test_the_golden_folder_of_this_release_is_there_and_none_names_a_machine() -
     if RENEW and not folder.exists():
         make(folder)
     assert folder.exists(), "a release keeps a checkpoint for those after it: make golden"
-    words = [b"/home/", b"/root/", tempfile.gettempdir().encode(), os.uname().nodename.encode()]
+    words = [str(name).encode() for name in (Path.home(), tempfile.gettempdir(), os.uname().nodename)]
     for one in RELEASES.iterdir():
         files = [path for path in one.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < 100_000
