@@ -128,12 +128,12 @@ def test_a_run_of_an_earlier_release_is_gone_on_with(release: str, tmp_path: Pat
     assert isinstance(model, MaskedAutoencoder) and model.features(torch.zeros(1, 1, 12, 12)).isfinite().all()
 
 
-def test_the_golden_folder_of_this_release_is_there_and_none_names_a_machine() -> None:
+def test_the_golden_folder_of_this_release_is_there_and_none_names_a_place() -> None:
     folder = RELEASES / package.__version__
     if RENEW and not folder.exists():
         make(folder)
     assert folder.exists(), "a release keeps a checkpoint for those after it: make golden"
-    words = [str(name).encode() for name in (Path.home(), tempfile.gettempdir(), os.uname().nodename)]
+    words = [b"/home/", b"/tmp/", b"/Users/", str(Path.home()).encode()]
     for one in RELEASES.iterdir():
         files = [path for path in one.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < 100_000
