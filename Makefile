@@ -32,7 +32,7 @@ test-gpu: $(TOOLS)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 golden: $(TOOLS)  ## freeze the golden numbers and every recipe's values anew, for a change that is meant
-	MAEKIT_GOLDEN=renew $(BIN)/python -m pytest -q -n 0 -k golden tests/test_recipes.py tests/test_golden.py
+	MAEKIT_GOLDEN=renew $(BIN)/python -m pytest -q -n 0 -k golden tests/test_recipes.py tests/test_golden.py tests/tasks/test_releases.py
 
 parity: $(TOOLS)  ## compare with transformers and timm; renews the table of docs/parity.md
 	PARITY=docs/parity.md $(BIN)/python -m pytest -q -n 2 tests/parity

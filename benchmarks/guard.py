@@ -1,5 +1,8 @@
 """What minding bad numbers adds to a pre-training step of ViT-S: norm of all gradients, flag, buffers.
 
+Also what ``--sdc-check`` adds to every step: sums of weights, moments and average, twice. Its second computation of
+every N-th step is not measured here: it costs that step's passes once more, so 1 / N of them.
+
 Steps with the guard (`maekit.train.guard.Guard.update`) and steps with the bare optimizer take turns on one model, so
 that a busy machine slows both alike; the share is that of medians. On a GPU the device is waited for after each step.
 
@@ -20,6 +23,7 @@ from maekit.settings import Loop
 from maekit.train.device import World
 from maekit.train.guard import Guard
 from maekit.train.optim import adamw, pretrain_groups
+from maekit.train.recheck import Recheck
 from maekit.train.state import State
 
 
@@ -38,7 +42,10 @@ def main() -> None:
     optimizer = adamw(pretrain_groups(model, 0.05), betas=(0.9, 0.95), lr=1e-4)
     state = State(model, optimizer, torch.amp.GradScaler(device.type, enabled=False), None)
     settings = {name: Loop(spike_sigma=sigma) for name, sigma in (("guard", None), ("guard and spikes", 6.0))}
-    guards = {name: Guard(state, loop, 0, World(0, 1, device), Path()) for name, loop in settings.items()}
+    world = World(0, 1, device)
+    guards = {name: Guard(state, loop, 0, world, Path()) for name, loop in settings.items()}
+    guards["guard and sdc_check"] = guards["guard"]
+    recheck = Recheck(state, 100, world, Path())
     images = torch.randn(options.batch, 3, 224, 224, device=device)
     noise = torch.rand(options.batch, model.num_patches, device=device)
 
@@ -55,8 +62,13 @@ def main() -> None:
         loss.backward()
         passed = wait()
         if kind in guards:
+            if kind.endswith("sdc_check"):
+                recheck.look()
+                recheck.noted.clear()
             guards[kind].update(loss.detach(), [], 0.0)
             guards[kind].pending.clear()
+            if kind.endswith("sdc_check"):
+                recheck.begin()
         else:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

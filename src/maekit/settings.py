@@ -18,6 +18,10 @@ FORMAT = 1
 """Format number written into config.yaml, weights and checkpoints; a higher one is refused."""
 
 
+PEER_TIMEOUT = 300.0
+"""Seconds that a process waits for the others: torch's own half an hour is a night's GPU time on a large cluster."""
+
+
 def setting(default: Any, text: str, *, resume: Literal["same", "free"] = "same", **limits: Any) -> Any:
     """Declare one setting.
 
@@ -146,7 +150,9 @@ class Processes(Machine):
     """Where it runs"""
 
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
-    peer_timeout: float = setting(300.0, "seconds to wait for another process before giving up", gt=0, resume="free")
+    peer_timeout: float = setting(
+        PEER_TIMEOUT, "seconds to wait for another process before giving up", gt=0, resume="free"
+    )
 
 
 class Place(Settings):
@@ -314,6 +320,12 @@ class Loop(Settings):
     roll_back: int = setting(
         0, "after 20 spikes in a row: back to a checkpoint, on with later batches; at most so often", ge=0
     )
+    sdc_check: int = setting(
+        0,
+        "look for silent corruption: weights that change between steps, and every so many steps one computed twice; "
+        "0: never",
+        ge=0, resume="free",
+    )  # fmt: skip
     ema: float | None = setting(None, "decay of an average of the weights, kept beside them; default: none", gt=0, lt=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
     compile: bool = setting(False, "compile the model with torch.compile (needs a C++ compiler on CPU)")
@@ -333,7 +345,9 @@ class Loop(Settings):
         resume="free",
     )
     nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
-    peer_timeout: float = setting(300.0, "seconds to wait for another process before giving up", gt=0, resume="free")
+    peer_timeout: float = setting(
+        PEER_TIMEOUT, "seconds to wait for another process before giving up", gt=0, resume="free"
+    )
 
 
 class Views(Settings):
@@ -774,7 +788,7 @@ class Soak(Settings):
     minutes: float = setting(1.0, "how long", gt=0)
     seed: int = setting(0, "of the faults: the same seed draws the same ones", ge=0, lt=2**63)
     kinds: Names | None = setting(
-        None, "kill,failpoint,signal,two,worker,hang,flip,truncate,missing,swapped,errno,full,clock,nan,fuzz"
+        None, "kill,failpoint,signal,two,worker,hang,flip,truncate,missing,swapped,errno,full,clock,nan,memory,fuzz"
     )
     trial: int | None = setting(None, "only this one, as a report of a loss names it", ge=0)
     out: Path | None = setting(None, "folder for what is left of a trial that lost something; default: not kept")

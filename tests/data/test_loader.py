@@ -19,6 +19,7 @@ from maekit.data.augment import EvalView, PretrainView
 from maekit.data.loader import Batch, Loader, auto_workers
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
+from maekit.model.masking import random_masking
 
 COUNT, BATCH = 22, 8
 STEPS = 5
@@ -89,10 +90,27 @@ def test_micro_batches_are_parts_of_the_same_batch(source: Source, plain: list[B
     assert same([join(parts) for parts in steps], plain)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_share_the_same_global_batch(source: Source, plain: list[Batch], world: int) -> None:
     ranks = [whole(loader(source, rank=rank, world=world, micro_batch=3).steps(0, STEPS)) for rank in range(world)]
     assert same([join(list(parts)) for parts in zip(*ranks, strict=True)], plain)
+
+
+def test_another_number_of_processes_from_any_step_on_changes_no_sample_and_no_mask(source: Source) -> None:
+    """F18: 1 -> 2 -> 4 -> 2 -> 1 in the middle of epochs, each launch with a loader of its own."""
+    plain = whole(loader(source, drop_last=False).steps(0, 12))
+    found: list[Batch] = []
+    for start, stop, world in ((0, 2, 1), (2, 4, 2), (4, 7, 4), (7, 10, 2), (10, 12, 1)):
+        ranks = [
+            whole(loader(source, drop_last=False, rank=rank, world=world, micro_batch=3).steps(start, stop))
+            for rank in range(world)
+        ]
+        found += [join(list(parts)) for parts in zip(*ranks, strict=True)]
+    assert same(found, plain)
+    for epoch in range(4):
+        assert sorted(torch.cat([batch["ids"] for batch in found[3 * epoch :][:3]]).tolist()) == list(range(COUNT))
+    masks = [torch.cat([random_masking(rows, 4).mask for rows in batch["noise"].split(3)]) for batch in found]
+    assert all(torch.equal(mask, random_masking(b["noise"], 4).mask) for mask, b in zip(masks, plain, strict=True))
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 3), (8, 1)])

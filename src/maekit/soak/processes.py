@@ -105,6 +105,18 @@ def nan(bench: Bench, run: Path, random: Random) -> int:
     return 0
 
 
+def memory(bench: Bench, run: Path, random: Random) -> int:
+    """F41: a bit of a weight flips between two steps, with ``--sdc-check``; nothing that it touched is saved."""
+    step, habits = random.randint(1, STEPS), ["--sdc-check", str(random.randint(1, STEPS)), *_habits(random)]
+    died = bench.faulty(run, f"train-flip:on@{step}", *habits).wait()
+    check_said(died, 4, pattern=f"error[E-NUM-SDC]: silent corruption in step {step}:")
+    newest = bench.check_verified(run)
+    if newest >= step:
+        raise Lost(f"a bit flipped before step {step}, and step {newest} was saved")
+    bench.finish(run, *habits)
+    return step - 1 - max(0, newest)
+
+
 def _wait(command: Command, condition: Callable[[], bool]) -> None:
     """Wait until something is so, the command has ended, or 20 s are over."""
     end = time.monotonic() + 20

@@ -58,6 +58,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "clock": (storage.clock, 1),
     "hang": (processes.hang, 1),
     "nan": (processes.nan, 1),
+    "memory": (processes.memory, 1),
     "fuzz": (_mutants, 2),
 }
 """Kinds of faults, and how often each is drawn in proportion to the others."""

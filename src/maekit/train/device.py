@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import nn
 
 from maekit.errors import MaekitError
+from maekit.settings import PEER_TIMEOUT
 
-log = logging.getLogger("maekit")
 T = TypeVar("T")
 
 
@@ -109,12 +109,14 @@ def circumstances(world: World, micro_batch: int) -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Return what the system calls its processor."""
+    """Return what the system calls its processor, with numbers where it has them: virtual ones share a name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    first = dict(re.findall(r"^(.+?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    numbers = ", ".join(f"{name} {first[name]}" for name in ("cpu family", "model") if name in first)
+    return first.get("model name", platform.machine()) + (f" ({numbers})" if numbers else "")
 
 
 _group: dict[str, Any] = {}
@@ -160,10 +162,6 @@ def check_compiler(device: torch.device) -> None:
         raise MaekitError(
             "E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt-get install g++, or --no-compile"
         )
-
-
-PEER_TIMEOUT = 300.0
-"""Seconds that a process waits for the others: torch's own half an hour is a night's GPU time on a large cluster."""
 
 
 @contextlib.contextmanager

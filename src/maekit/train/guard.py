@@ -244,8 +244,11 @@ class Guard:
 
     # ---------------------------------------------------------------------------------------------- on the host
 
-    def read(self) -> Bad | None:
+    def read(self, save: Callable[[], None]) -> Bad | None:
         """Wait for the device and take its losses; at a bad step put the state's counters back to before it.
+
+        Args:
+            save: writes a checkpoint of the state.
 
         Raises:
             MaekitError: E-NUM-SCALE.
@@ -264,7 +267,7 @@ class Guard:
         if self.settings.spike_sigma:
             mishaps.accepted -= undone
             mishaps.losses = self.history.tolist()
-        self._mind_scale([row[2] for row in rows[:good]])
+        self._mind_scale([row[2] for row in rows[:good]], save)
         if not undone:
             return None
         self.frozen.zero_()
@@ -274,17 +277,20 @@ class Guard:
         passes = len(one.ids[0]) if one.ids else 0
         return Bad(state.step + 1, state.step + mishaps.shift, loss, norm, scale, one.lr, losses, ids, passes)
 
-    def _mind_scale(self, scales: Sequence[float]) -> None:
+    def _mind_scale(self, scales: Sequence[float], save: Callable[[], None]) -> None:
         if not self.state.scaler.is_enabled() or not scales:
             return
         streaks = overflowing(self.scale, scales, self.state.mishaps.overflows)
         self.scale, self.state.mishaps.overflows = scales[-1], streaks[-1]
         if max(streaks) >= LIMIT or min(scales) < SMALLEST_SCALE:
+            save()
+            self.world.barrier()
             raise MaekitError(
                 "E-NUM-SCALE", f"the loss scale of fp16 up to step {self.state.step}",
                 found=f"{min(scales):.3g}, {max(streaks)} updates in a row left out",
                 expected=f"at least {SMALLEST_SCALE:.3g}, fewer than {LIMIT} in a row",
-                hint="--precision bf16, or fp32, in another --out; --init RUN takes up its weights",
+                hint="--precision bf16, or fp32, in another --out; --init RUN takes up its weights; those of step "
+                f"{self.state.step} are saved",
             )  # fmt: skip
 
     def answer(self, bad: Bad, save: Callable[[], None], newest: Callable[[], Checkpoint | None]) -> bool:

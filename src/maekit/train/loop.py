@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ from maekit.train.guard import Guard
 from maekit.train.log import Log
 from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
 from maekit.train.precision import autocast
+from maekit.train.recheck import Recheck, flip_a_bit
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
 from maekit.train.state import Average, State
@@ -164,9 +165,9 @@ def fit(
         evaluate: yields (name, score) of a model in eval mode; its scores are logged as ("val/top1", 0.812).
 
     Raises:
-        MaekitError: E-NUM-LOSS, E-NUM-GRADIENT and E-NUM-WEIGHTS (not finite), E-NUM-SPIKE, E-NUM-SCALE, E-CKPT-...
-            (the run's checkpoint cannot be taken over), E-STOP-DISK / E-ENV-DISK (saving failed), E-STOP-MEMORY /
-            E-ENV-MEMORY.
+        MaekitError: E-NUM-LOSS, E-NUM-GRADIENT and E-NUM-WEIGHTS (not finite), E-NUM-SPIKE, E-NUM-SCALE, E-NUM-SDC,
+            E-CKPT-... (the run's checkpoint cannot be taken over), E-STOP-DISK / E-ENV-DISK (saving failed),
+            E-STOP-MEMORY / E-ENV-MEMORY.
     """
     settings, schedule = plan.settings, plan.schedule
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
@@ -186,18 +187,29 @@ def fit(
     first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
     best = {prefix: Best(run, plan.keep_best, prefix) for prefix in FOLDERS if plan.keep_best}
     guard = Guard(state, settings, plan.seed, world, run)
+    recheck = Recheck(state, settings.sdc_check, world, run) if settings.sdc_check else None
 
     def flush() -> bool:
         """Fetch what is still on the device: the only place where the loop waits for it; True: it went back."""
-        bad = guard.read()
-        return bad is not None and guard.answer(bad, keep, newest)
+        if recheck:
+            recheck.read(saved_at, records)
+        bad = guard.read(keep)
+        back = bad is not None and guard.answer(bad, keep, newest)
+        if recheck and back:
+            recheck.begin()
+        return back
 
     def newest() -> checkpoint.Checkpoint | None:
         saver.wait()
         return checkpoint.newest(folder)
 
     def due(step: int) -> bool:
-        every = (settings.log_every, save_every, plan.eval_every or schedule.total)
+        every = (
+            settings.log_every,
+            save_every,
+            plan.eval_every or schedule.total,
+            settings.sdc_check or schedule.total,
+        )
         return step in (stop, schedule.total) or any(step % n == 0 for n in every)
 
     def save() -> None:
@@ -221,7 +233,8 @@ def fit(
             at = state.step
             try:
                 sizes = loader.sizes(at + state.mishaps.shift)
-                _train_step(call, micro_batches, state, plan, sizes, world, guard)
+                settle = world.size > 2 and at == first
+                _train_step(call, micro_batches, state, plan, sizes, world, guard, recheck, settle=settle)
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, RuntimeError) and (known := without_peer(error, at, saved_at, run)):
                     raise known from None
@@ -236,7 +249,7 @@ def fit(
                     records.rewind(state.step)
                 continue
             if state.step % settings.log_every == 0 or state.step == schedule.total:
-                _log_line(state, schedule, records)
+                _log_line(state, schedule, records, recheck.count if recheck else 0)
             last = state.step == schedule.total
             if evaluate and (last or (plan.eval_every and state.step % plan.eval_every == 0)):
                 world.share_buffers(model)
@@ -273,20 +286,60 @@ def _train_step(
     sizes: tuple[int, int],
     world: World,
     guard: Guard,
+    recheck: Recheck | None,
+    *,
+    settle: bool,
 ) -> None:
     """One optimizer update from all micro-batches of a step.
+
+    Args:
+        settle: make the passes once before, for DDP to settle: after its first exchange it puts gradients together in
+            another order, and more than two processes then add them up in another one. Without this a run that goes on
+            would have other bits than one that was never stopped.
+    """
+    lr = plan.schedule.lr(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    if reach("train-flip"):
+        flip_a_bit(state.model)
+    again = recheck is not None and recheck.due()
+    batches = list(micro_batches) if settle or again else micro_batches
+
+    def passes(batches: Iterable[Batch]) -> tuple[Tensor, list[Tensor]]:
+        return _passes(call, batches, state, plan, sizes, world)
+
+    def rehearse() -> Tensor:
+        """Make the passes of the step on copies of its batches, since some change their images."""
+        return passes({name: value.clone() for name, value in batch.items()} for batch in batches)[0]
+
+    if settle:
+        rehearse()
+        guard.undo()
+    before = recheck.of_passes(rehearse()) if recheck and again else None
+    if before:
+        guard.undo()
+    loss, ids = passes(batches)
+    if recheck:
+        if before:
+            recheck.compare(before, recheck.of_passes(loss))
+        recheck.look()
+    guard.update(loss, ids, lr)
+    if recheck:
+        recheck.begin()
+
+
+def _passes(
+    call: nn.Module, batches: Iterable[Batch], state: State, plan: Plan, sizes: tuple[int, int], world: World
+) -> tuple[Tensor, list[Tensor]]:
+    """Run forward and backward on each micro-batch of a step; return this process's loss, (), and the images' ids.
 
     Every image of the global batch weighs the same, also in an uneven last micro-batch; DDP averages over processes. A
     process whose share is empty passes an image of another's with weight 0, since all have to take part in the exchange
     of gradients.
     """
-    settings = plan.settings
-    lr = plan.schedule.lr(state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
     total = torch.zeros((), device=world.device)
     (whole, mine), done, ids = sizes, 0, []
-    for number, batch in enumerate(micro_batches):
+    for number, batch in enumerate(batches):
         # after the batch is there: a loader without workers draws from these generators too
         seed_all(plan.seed, state.step, world.rank, number)
         weight = len(batch["ids"]) * world.size / whole if mine else 0.0
@@ -294,11 +347,11 @@ def _train_step(
         ids.append(batch["ids"])
         if reach("train-memory"):
             raise torch.OutOfMemoryError("failpoint: tried to allocate 1.50 GiB")
-        with autocast(settings.precision, world.device), _no_sync(call, done < mine):
+        with autocast(plan.settings.precision, world.device), _no_sync(call, done < mine):
             loss = call(batch)["loss"] * weight
             state.scaler.scale(loss).backward()
         total += loss.detach().float()
-    guard.update(total, ids, lr)
+    return total, ids
 
 
 def _wrap(model: nn.Module, step: Step, settings: Loop, world: World) -> nn.Module:
@@ -358,13 +411,13 @@ def _narrow(error: Exception, loader: Batches, plan: Plan, world: World, saved_a
     loader.micro_batch = smaller
 
 
-def _log_line(state: State, schedule: Schedule, records: Log | None) -> None:
+def _log_line(state: State, schedule: Schedule, records: Log | None, faults: int) -> None:
     """Write the mean loss since the last line; none where all these steps were left out."""
     if not state.window:
         return
     loss = state.loss = math.fsum(state.window) / len(state.window)
     state.window = ()
-    skipped = {"skipped": state.mishaps.skipped} if state.mishaps.skipped else {}
+    counts = {name: count for name, count in (("skipped", state.mishaps.skipped), ("sdc", faults)) if count}
     if records:
         epoch = round(state.step / schedule.steps_per_epoch, 4)
-        records.record(state.step, {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), **skipped})
+        records.record(state.step, {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), **counts})
