@@ -199,6 +199,12 @@ class Steady(Reading):
         False, "compare contents too (SHA-256 of every image, kept in data.parquet), not only names and sizes",
         resume="free",
     )  # fmt: skip
+    decoded_mb: int = setting(
+        1024,
+        "MiB of memory in which pictures stay decoded, for all loader processes together, where all of them fit; "
+        "0: each is decoded every time",
+        ge=0, resume="free",
+    )  # fmt: skip
 
 
 class Size(Settings):

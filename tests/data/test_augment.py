@@ -22,6 +22,7 @@ from maekit.data.augment import (
     clamped_crop,
     default_crop_pct,
     eval_view,
+    random_box,
     random_crop,
     resize_to_cover,
 )
@@ -54,6 +55,18 @@ def test_the_random_crop_is_that_of_torchvision(size: tuple[int, int], seed: int
     ours = random_crop(image, size, (0.2, 1.0))
     assert torch.equal(ours, found[1])
     assert (ours.int() - found[0].int()).abs().max() <= 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([(0.2, 1.0), (0.08, 1.0), (0.5, 0.5)]), st.integers())
+def test_the_random_box_is_that_of_torchvision(height: int, width: int, scale: tuple[float, float], seed: int) -> None:
+    """Oracle, also where no box fits: the same numbers, and as many of them."""
+    seed %= 2**63
+    torch.manual_seed(seed)
+    theirs = transforms.RandomResizedCrop.get_params(torch.empty(1, height, width), list(scale), [3 / 4, 4 / 3])
+    after = torch.rand(())
+    torch.manual_seed(seed)
+    assert random_box(height, width, scale) == theirs and torch.rand(()) == after
 
 
 def test_a_crop_of_scale_one_is_the_whole_image() -> None:

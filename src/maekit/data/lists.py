@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from maekit.data.annotations import open_pets
+from maekit.data.columns import Names
 from maekit.data.image import SUFFIXES
 from maekit.data.parquet import LABEL_COLUMNS
 from maekit.data.source import FileSource, in_order, number, read_regular_file
@@ -76,9 +77,8 @@ def open_list(
     elif lines[0][2][0]:
         names = [label for _, _, (label,) in lines]
         labels, known = number(names, in_order(names), classes, name)
-    paths = [where for _, where, _ in lines]
-    ids = [PurePath(where).as_posix() for where in paths]
-    return FileSource(name, ids, paths, labels, known, str(root), targets=targets)
+    paths = Names.of(where for _, where, _ in lines)
+    return FileSource(name, paths.readable, paths, labels, known, str(root), targets=targets)
 
 
 def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> MaekitError:
@@ -174,7 +174,7 @@ def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
 
 def _check(lines: Iterable[Line], path: Path, root: Path, *, needs_label: bool) -> None:
     """Refuse lines twice there, lines without a label beside lines with one, and files that do not exist."""
-    first: dict[str, int] = {}
+    first, folder = dict[str, int](), str(root)
     labelled = needs_label and any(labels[0] for *_, labels in lines)
     for at, where, labels in lines:
         if where in first:
@@ -182,5 +182,5 @@ def _check(lines: Iterable[Line], path: Path, root: Path, *, needs_label: bool) 
         first[where] = at
         if labelled and not labels[0]:
             raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
-        if "\0" in where or not os.path.lexists(root / where):
+        if "\0" in where or not os.path.lexists(os.path.join(folder, where)):
             raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")

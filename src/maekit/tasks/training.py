@@ -24,7 +24,7 @@ from maekit.data.masks import Masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
-from maekit.settings import Images, Loop, Reading, Seen, Settings, Steady, Views
+from maekit.settings import Images, Loop, Seen, Settings, Steady, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating
 from maekit.tasks.same_data import Read, compared, write_down
@@ -270,11 +270,12 @@ def train_loader(
     *,
     size: tuple[int, int],
     seed: int,
-    reading: Reading,
+    reading: Steady,
     num_noise: int = 0,
     masks: Masks | None = None,
 ) -> Loader:
     """Return the loader of a training run: this process's part of every global batch."""
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Loader(
         source,
         view,
@@ -294,6 +295,7 @@ def train_loader(
         bad_images=reading.bad_images,
         bad_log=run.path / BAD_FILES,
         looked_at=LIMIT,
+        decoded_bytes=reading.decoded_mb * 2**20 // on_this_machine,
     )
 
 

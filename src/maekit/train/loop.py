@@ -37,6 +37,7 @@ from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
 from maekit.train.state import Average, State
+from maekit.train.waits import Waits
 
 log = logging.getLogger("maekit")
 
@@ -184,7 +185,7 @@ def fit(
     save_every = settings.save_every or schedule.steps_per_epoch
     first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
     best = {prefix: Best(run, plan.keep_best, prefix) for prefix in FOLDERS if plan.keep_best}
-    guard = Guard(state, settings, plan.seed, world, run)
+    guard, waits = Guard(state, settings, plan.seed, world, run), Waits(world.device)
 
     def flush() -> bool:
         """Fetch what is still on the device: the only place where the loop waits for it; True: it went back."""
@@ -219,8 +220,9 @@ def fit(
         for micro_batches in guard.batches(loader.steps, stop):
             at = state.step
             try:
+                waits.start()
                 sizes = loader.sizes(at + state.mishaps.shift)
-                _train_step(call, micro_batches, state, plan, sizes, world, guard)
+                _train_step(call, waits.over(micro_batches), state, plan, sizes, world, guard)
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, RuntimeError) and (known := without_peer(error, at, saved_at, run)):
                     raise known from None
@@ -234,8 +236,9 @@ def fit(
                 if records:
                     records.rewind(state.step)
                 continue
+            waits.stop()
             if state.step % settings.log_every == 0 or state.step == schedule.total:
-                _log_line(state, schedule, records)
+                _log_line(state, schedule, records, waits.share())
             last = state.step == schedule.total
             if evaluate and (last or (plan.eval_every and state.step % plan.eval_every == 0)):
                 world.share_buffers(model)
@@ -363,8 +366,12 @@ def _narrow(error: Exception, loader: Batches, plan: Plan, world: World, saved_a
     loader.micro_batch = smaller
 
 
-def _log_line(state: State, schedule: Schedule, records: Log | None) -> None:
-    """Write the mean loss since the last line; none where all these steps were left out."""
+def _log_line(state: State, schedule: Schedule, records: Log | None, data_wait: float) -> None:
+    """Write the mean loss since the last line; none where all these steps were left out.
+
+    Args:
+        data_wait: share of the time since the last line in which steps waited for data.
+    """
     if not state.window:
         return
     loss = state.loss = math.fsum(state.window) / len(state.window)
@@ -372,4 +379,5 @@ def _log_line(state: State, schedule: Schedule, records: Log | None) -> None:
     skipped = {"skipped": state.mishaps.skipped} if state.mishaps.skipped else {}
     if records:
         epoch = round(state.step / schedule.steps_per_epoch, 4)
-        records.record(state.step, {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), **skipped})
+        values = {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), "data_wait": round(data_wait, 4)}
+        records.record(state.step, {**values, **skipped})
