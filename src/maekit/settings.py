@@ -205,6 +205,11 @@ class Steady(Reading):
         "0: each is decoded every time",
         ge=0, resume="free",
     )  # fmt: skip
+    dct_scaling: bool = setting(
+        False,
+        "decode large JPEG at 1/2, 1/4 or 1/8, as long as no crop must be enlarged: sooner, with other crops and "
+        "slightly other pixels than the paper's recipes see",
+    )
 
 
 class Size(Settings):

@@ -69,6 +69,28 @@ def test_the_random_box_is_that_of_torchvision(height: int, width: int, scale: t
     assert random_box(height, width, scale) == theirs and torch.rand(()) == after
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    small_sides,
+    small_sides,
+    st.integers(0, 99),
+    st.integers(0, 99),
+    st.sampled_from([0.08, 0.2, 0.9]),
+    st.integers(0, 99),
+)
+def test_from_what_a_view_calls_enough_no_crop_is_enlarged(
+    rows: int, columns: int, taller: int, wider: int, low: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    for view, draw in ((PretrainView, random_box), (ProbeView, clamped_box), (FinetuneView, random_box)):
+        height, width = view((rows, columns), (low, 1.0)).enough
+        _, _, tall, wide = draw(height + taller, width + wider, (low, 1.0))
+        assert tall >= rows and wide >= columns, "rounding never goes below: the sides were rounded up"
+    for crop, pct in (("fixed", 0.875), ("centre", default_crop_pct((rows, columns)))):
+        assert PretrainView((rows, columns), crop=crop).enough >= (int(rows / pct), int(columns / pct))
+    assert PretrainView((rows, columns), (1.0, 1.0)).enough == (rows, columns)
+
+
 def test_a_crop_of_scale_one_is_the_whole_image() -> None:
     image = photo(28, 28)
     assert torch.equal(random_crop(image, (28, 28), (1.0, 1.0)), image)

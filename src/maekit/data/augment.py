@@ -101,6 +101,14 @@ def random_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
+def enough(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int, int]:
+    """Return height and width from which no random crop of `scale` has to be enlarged to `size`, except by rounding."""
+    if scale == (1.0, 1.0):
+        return size
+    side = math.ceil(max(size) / math.sqrt(scale[0] * ASPECT[0]))  # by the smallest box in parts of the image
+    return side, side
+
+
 def fixed_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Cut a box of fixed size out of the resized image, at a random place (paper table 1e, "crop, fixed size").
 
@@ -199,6 +207,14 @@ class PretrainView:
     crop: str = "random"
     color_jitter: float = 0.0
 
+    @property
+    def enough(self) -> tuple[int, int]:
+        """Height and width that suffice of an image (`enough`)."""
+        if self.crop == "random":
+            return enough(self.size, self.scale)
+        kept = 0.875 if self.crop == "fixed" else default_crop_pct(self.size)
+        return math.ceil(self.size[0] / kept), math.ceil(self.size[1] / kept)
+
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
         if self.crop == "random":
@@ -218,6 +234,11 @@ class ProbeView:
     size: tuple[int, int]
     scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = True
+
+    @property
+    def enough(self) -> tuple[int, int]:
+        """Height and width that suffice of an image (`enough`)."""
+        return enough(self.size, self.scale)
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
@@ -240,6 +261,11 @@ class FinetuneView:
     auto_augment: str | None = None
     fill: tuple[int, ...] = (124, 116, 104)
     color_jitter: float = 0.0
+
+    @property
+    def enough(self) -> tuple[int, int]:
+        """Height and width that suffice of an image (`enough`)."""
+        return enough(self.size, self.scale)
 
     @cached_property
     def _augment(self) -> Any:

@@ -86,6 +86,7 @@ class Loader:
         looked_at: images that were looked at before (`maekit.data.check`): they count as seen.
         masks: gives each sample its "scores" (N,); an image whose mask cannot be read is an unreadable image.
         decoded_bytes: pictures are decoded once and stay in memory if all together take no more.
+        dct_scaling: large JPEG are decoded no larger than the view, which says so, makes use of (`read_image`).
     """
 
     def __init__(
@@ -110,13 +111,15 @@ class Loader:
         bad_log: Path | None = None,
         looked_at: int = 0,
         decoded_bytes: int = 0,
+        dct_scaling: bool = False,
     ) -> None:
         self.source, self.seed, self.workers, self.read_timeout = source, seed, workers, read_timeout
         self.batch_size = min(batch_size, len(source))
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.device = torch.device(device)
         decoded = Decoded(len(source), decoded_bytes) if decoded_bytes else None
-        self.samples = Samples(source, view, len(mean), seed, num_noise, masks, decoded)
+        enough = getattr(view, "enough", None) if dct_scaling else None
+        self.samples = Samples(source, view, len(mean), seed, num_noise, masks, decoded, enough)
         shape = (1, len(mean), 1, 1)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(shape)
         self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(shape)

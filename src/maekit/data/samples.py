@@ -72,6 +72,7 @@ class Samples(Dataset[dict[str, Any]]):
         given_up: images that no one shall try to read any more, and why: they made loader processes hang or die.
         seat: where a loader process says what it is at; None in the main process.
         decoded: pictures that need not be read again; None: all are.
+        enough: as in `read_image`.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Samples(Dataset[dict[str, Any]]):
         num_noise: int,
         masks: Masks | None = None,
         decoded: Decoded | None = None,
+        enough: tuple[int, int] | None = None,
     ) -> None:
         self.source, self.view, self.channels = source, view, channels
-        self.seed, self.num_noise, self.masks, self.decoded = seed, num_noise, masks, decoded
+        self.seed, self.num_noise, self.masks, self.decoded, self.enough = seed, num_noise, masks, decoded, enough
         self.given_up: dict[int, str] = {}
         self.seat: Seat | None = None
         self._waited_for: set[int] = set()
@@ -162,7 +164,8 @@ class Samples(Dataset[dict[str, Any]]):
         data = self.source.read(at)
         if isinstance(data, Tensor):
             return self._checked(data, at)
-        image = self._checked(read_image(data, channels=self.channels, name=self.source.ids[at]), at)
+        image = read_image(data, channels=self.channels, name=self.source.ids[at], enough=self.enough)
+        image = self._checked(image, at)
         if self.decoded is not None:
             self.decoded.offer(at, image)
         return image

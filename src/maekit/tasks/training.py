@@ -296,6 +296,7 @@ def train_loader(
         bad_log=run.path / BAD_FILES,
         looked_at=LIMIT,
         decoded_bytes=reading.decoded_mb * 2**20 // on_this_machine,
+        dct_scaling=reading.dct_scaling,
     )
 
 
