@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from maekit.data.augment import CropsView, EvalView, FinetuneView, PretrainView, ProbeView
-from maekit.data.decoded import Decoded
+from maekit.data.decoded import Decoded, room_for
 from maekit.data.loader import Batch, Loader
 from maekit.data.source import FileSource
 from maekit.data.sources import open_source
@@ -128,10 +130,32 @@ def test_pictures_that_turn_out_larger_than_the_first_never_take_more_than_is_al
 
 
 def test_no_memory_and_arrays_of_floats_mean_that_nothing_is_kept() -> None:
-    none, subject = Decoded(2, 0), Decoded(2, 10_000)
-    none.offer(0, picture(1))
+    subject = Decoded(2, 10_000)
     subject.offer(0, picture(1).float())
-    assert none.get(0) is None and subject.get(0) is None and subject.expected is None
+    assert subject.get(0) is None and subject.expected is None
+    assert room_for(2, 0) is None and room_for(2, 10_000) is not None
+
+
+LIMITED = """
+import resource
+from maekit.data.augment import PretrainView
+from maekit.data.loader import Loader
+from maekit.data.sources import open_source
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    statistics = {"mean": (0.3,), "std": (0.3,), "decoded_bytes": 2**30, "workers": 1}
+    source = open_source("builtin:fashion")
+    loader = Loader(source, PretrainView((28, 28)), batch_size=8, micro_batch=8, **statistics)
+    print(loader.samples.decoded, len(next(next(loader.steps(0, 1)))["ids"]))
+"""
+
+
+def test_where_no_file_may_be_so_large_pictures_and_names_are_not_shared(tmp_path: Path) -> None:
+    """As under ``ulimit -f``: slower, and nothing else."""
+    (tmp_path / "program.py").write_text(LIMITED)
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "None 8\n", done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

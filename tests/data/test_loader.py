@@ -342,6 +342,7 @@ def test_workers_end_with_the_error_that_ended_the_iteration() -> None:
 
 def test_small_sets_are_read_in_the_main_process() -> None:
     assert auto_workers(10_000, (28, 28)) == 0 < auto_workers(10_000, (224, 224)) <= 8
+    assert auto_workers(50_000, (32, 32)) == 0 < auto_workers(50_000, (32, 32), beside_gpu=True)
 
 
 def test_dct_scaling_changes_large_jpeg_a_little_and_nothing_else(source: Source, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def _files(contents: list[bytes], least: tuple[int, int], seed: int) -> Iterator
         with suppress(MaekitError):
             whole, small = read_image(data).shape[1:], read_image(data, enough=least).shape[1:]
             torch.manual_seed(mix(seed, number))
-            top, left, tall, wide = random_box(*whole, SCALE)
+            top, left, tall, wide = random_box(whole[0], whole[1], SCALE)
             down, across = small[0] / whole[0], small[1] / whole[1]
             nearest = round(top * down), round(left * across), round(tall * down), round(wide * across)
             yield _File(data, (top, left, tall, wide), None if small == whole else nearest)

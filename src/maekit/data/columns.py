@@ -30,13 +30,21 @@ hold it."""
 
 
 def nameless_file(size: int) -> int:
-    """Return a handle to a file of `size` zeros without a name, in memory where the system can do that."""
+    """Return a handle to a file of `size` zeros without a name, in memory where the system can do that.
+
+    Raises:
+        OSError: where no file may be so large (ulimit -f).
+    """
     if hasattr(os, "memfd_create"):  # not /dev/shm, which containers keep small
         handle = os.memfd_create("maekit")
     else:
         with tempfile.TemporaryFile() as file:
             handle = os.dup(file.fileno())
-    os.ftruncate(handle, size)
+    try:
+        os.ftruncate(handle, size)
+    except OSError:
+        os.close(handle)
+        raise
     return handle
 
 
@@ -51,7 +59,10 @@ class Shared:
         if self.array.nbytes <= SENT or get_spawning_popen() is None:
             return Shared, (np.array(self.array),)
         if self._handle is None:
-            self._handle = nameless_file(self.array.nbytes)
+            try:
+                self._handle = nameless_file(self.array.nbytes)
+            except OSError:
+                return Shared, (np.array(self.array),)
             mapped = np.frombuffer(mmap(self._handle, self.array.nbytes), self.array.dtype)
             mapped[:] = self.array
             self.array = mapped

@@ -10,6 +10,7 @@ leaves is a gap.
 """
 
 import fcntl
+import logging
 import mmap
 import os
 from multiprocessing import reduction
@@ -29,17 +30,37 @@ HEAD = 3
 SHARE = 4
 """Of the memory that is free at the start, no more than one part in so many is taken."""
 
+log = logging.getLogger("maekit")
+
+
+def room_for(count: int, most: int) -> "Decoded | None":
+    """Return room for that many pictures, None for no bytes or where the system has none.
+
+    Args:
+        count: of all pictures of the source.
+        most: bytes that they may take; less where a quarter of the free memory is less.
+    """
+    most = min(most, _free() // SHARE)
+    try:
+        return Decoded(count, most) if most else None
+    except OSError as error:  # a limit of the process: ulimit -f, -v
+        log.info("decoded images do not stay in memory: %s", error.strerror)
+        return None
+
 
 class Decoded:
     """Pictures by index.
 
     Args:
         count: of all pictures of the source.
-        most: bytes that they may take; less where a quarter of the free memory is less.
+        most: bytes that they may take.
+
+    Raises:
+        OSError: where that is not allowed.
     """
 
     def __init__(self, count: int, most: int) -> None:
-        self.count, self.most = count, min(most, _free() // SHARE)
+        self.count, self.most = count, most
         self._map(nameless_file(self._first + self.most))
 
     @property
@@ -50,7 +71,7 @@ class Decoded:
         self._handle = handle
         self._memory = mmap.mmap(handle, self._first + self.most)
         self._table = memoryview(self._memory)[: WORD * (HEAD + ROW * self.count)].cast("q")
-        self._pixels = torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._first) if self.most else None
+        self._pixels = torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._first)
 
     def get(self, index: int) -> Tensor | None:
         """Return picture `index`, (C, H, W) uint8 that must not be changed, or None."""
@@ -58,17 +79,14 @@ class Decoded:
             return None
         at = HEAD + ROW * index
         place = self._table[at]
-        if not place or self._pixels is None:
+        if not place:
             return None
         channels, height, width = self._table[at + 1], self._table[at + 2], self._table[at + 3]
         return self._pixels.as_strided((channels, height, width), (1, width * channels, channels), place - 1)
 
     def offer(self, index: int, image: Tensor) -> None:
         """Keep a picture, if all like it are expected to fit; arrays of floats are never kept."""
-        if image.dtype != torch.uint8 or self._pixels is None:
-            return
-        place = self._take(image.numel())
-        if place is None:
+        if image.dtype != torch.uint8 or (place := self._take(image.numel())) is None:
             return
         channels, height, width = image.shape
         kept = self._pixels.as_strided((channels, height, width), (1, width * channels, channels), place)

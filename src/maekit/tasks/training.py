@@ -76,9 +76,9 @@ def spread(settings: Any, task: Callable[..., Result], *args: Any) -> Result | N
     return launch(settings.nproc, task, settings, *args)
 
 
-def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int]) -> int:
+def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int], *, beside_gpu: bool = False) -> int:
     """Resolve ``workers: auto``."""
-    return auto_workers(num_images, size) if wanted == "auto" else int(wanted)
+    return auto_workers(num_images, size, beside_gpu=beside_gpu) if wanted == "auto" else int(wanted)
 
 
 def prepare(
@@ -287,7 +287,7 @@ def train_loader(
         seed=seed,
         num_noise=num_noise,
         masks=masks,
-        workers=number_of_workers(reading.workers, len(source), size),
+        workers=number_of_workers(reading.workers, len(source), size, beside_gpu=world.device.type == "cuda"),
         device=world.device,
         rank=world.rank,
         world=world.size,
