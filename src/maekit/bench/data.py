@@ -63,6 +63,8 @@ def loader_rates(
     started = {count: Deliveries(make(count)) for count in workers}
     found: dict[int, list[float]] = {count: [] for count in workers}
     try:
+        for one in started.values():
+            one.warm()
         for _ in range(turns):
             for count, one in started.items():
                 found[count].append(one.rate(seconds / turns))
@@ -94,6 +96,13 @@ class Deliveries:
 
     def _take(self) -> int:
         return sum(len(batch["ids"]) for batch in next(self.steps))
+
+    def warm(self) -> None:
+        """Go through all images once where they stay decoded then: that first epoch is another matter."""
+        self._take()
+        decoded = self.loader.samples.decoded
+        for _ in range(self.loader.steps_per_epoch if decoded is not None and decoded.expected else 0):
+            self._take()
 
     def rate(self, seconds: float) -> float:
         """Return images per second; what workers have made beforehand is not counted."""
