@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from maekit.data.augment import PretrainView
+from maekit.data import augment
+from maekit.data.augment import PretrainView, resized_crop
 from maekit.data.loader import Loader
 from maekit.data.source import DatasetSource
 from maekit.model.mae import MaskedAutoencoder, create_model
@@ -158,13 +158,12 @@ def samples(seed: int, steps: tuple[int, ...]) -> Iterator[tuple[str, Numbers]]:
     source = DatasetSource([ramp] * 20)
     boxes: list[list[int]] = []
 
-    def cut(image: Tensor, *box: Any, **more: Any) -> Tensor:
-        boxes.append([*box[:4]])
-        return resized_crop(image, *box, **more)
+    def cut(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+        boxes.append([*box])
+        return resized_crop(image, box, size)
 
-    resized_crop = F.resized_crop
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "resized_crop", cut)  # torchvision's: to see the box that our view asks it for
+        patch.setattr(augment, "resized_crop", cut)  # to see the box that the view cuts out
         loader = Loader(source, PretrainView((16, 16)), batch_size=8, micro_batch=8, mean=(0.5,) * 3, std=(0.5,) * 3,
                         seed=seed, num_noise=6)  # fmt: skip
         for step, parts in zip(steps, (loader.steps(step, step + 1) for step in steps), strict=True):
@@ -187,7 +186,7 @@ def numbers_of_the_data() -> Numbers:
 
     def order(seed: int, epoch: int) -> list[int]:
         loader = Loader(source, view, batch_size=8, micro_batch=8, mean=(0.5,) * 3, std=(0.5,) * 3, seed=seed)
-        return loader.order(epoch)
+        return loader.order(epoch).tolist()
 
     keys = ((0,), (0, 0), (0, 1), (1, 0), (7, 3, 12), (2**63, -1))
     return {

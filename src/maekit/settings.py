@@ -205,6 +205,17 @@ class Steady(Reading):
         False, "compare contents too (SHA-256 of every image, kept in data.parquet), not only names and sizes",
         resume="free",
     )  # fmt: skip
+    decoded_mb: int = setting(
+        1024,
+        "MiB of memory in which pictures stay decoded, for all loader processes together, where all of them fit; "
+        "0: each is decoded every time",
+        ge=0, resume="free",
+    )  # fmt: skip
+    dct_scaling: bool = setting(
+        False,
+        "decode large JPEG at 1/2, 1/4 or 1/8, as long as no crop must be enlarged: sooner, with other crops and "
+        "slightly other pixels than the paper's recipes see",
+    )
 
 
 class Size(Settings):

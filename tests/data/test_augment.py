@@ -22,6 +22,7 @@ from maekit.data.augment import (
     clamped_crop,
     default_crop_pct,
     eval_view,
+    random_box,
     random_crop,
     resize_to_cover,
 )
@@ -54,6 +55,40 @@ def test_the_random_crop_is_that_of_torchvision(size: tuple[int, int], seed: int
     ours = random_crop(image, size, (0.2, 1.0))
     assert torch.equal(ours, found[1])
     assert (ours.int() - found[0].int()).abs().max() <= 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([(0.2, 1.0), (0.08, 1.0), (0.5, 0.5)]), st.integers())
+def test_the_random_box_is_that_of_torchvision(height: int, width: int, scale: tuple[float, float], seed: int) -> None:
+    """Oracle, also where no box fits: the same numbers, and as many of them."""
+    seed %= 2**63
+    torch.manual_seed(seed)
+    theirs = transforms.RandomResizedCrop.get_params(torch.empty(1, height, width), list(scale), [3 / 4, 4 / 3])
+    after = torch.rand(())
+    torch.manual_seed(seed)
+    assert random_box(height, width, scale) == theirs and torch.rand(()) == after
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    small_sides,
+    small_sides,
+    st.integers(0, 99),
+    st.integers(0, 99),
+    st.sampled_from([0.08, 0.2, 0.9]),
+    st.integers(0, 99),
+)
+def test_from_what_a_view_calls_enough_no_crop_is_enlarged(
+    rows: int, columns: int, taller: int, wider: int, low: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    for view, draw in ((PretrainView, random_box), (ProbeView, clamped_box), (FinetuneView, random_box)):
+        height, width = view((rows, columns), (low, 1.0)).enough
+        _, _, tall, wide = draw(height + taller, width + wider, (low, 1.0))
+        assert tall >= rows and wide >= columns, "rounding never goes below: the sides were rounded up"
+    for crop, pct in (("fixed", 0.875), ("centre", default_crop_pct((rows, columns)))):
+        assert PretrainView((rows, columns), crop=crop).enough >= (int(rows / pct), int(columns / pct))
+    assert PretrainView((rows, columns), (1.0, 1.0)).enough == (rows, columns)
 
 
 def test_a_crop_of_scale_one_is_the_whole_image() -> None:

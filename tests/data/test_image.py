@@ -301,3 +301,27 @@ def test_names_with_line_ends_and_terminal_codes_are_escaped() -> None:
     with pytest.raises(MaekitError) as caught:
         read_image(b"", name="a\nb\x1b[31m\udcff.jpg")
     assert "a\\nb\\x1b[31m\\udcff.jpg" in str(caught.value) and str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "enough", "expected"),
+    [(480, 640, 60, (60, 80)), (480, 640, 61, (120, 160)), (480, 640, 240, (240, 320)), (480, 640, 241, (480, 640)),
+     (50, 500, 60, (50, 500))],
+)  # fmt: skip
+def test_a_large_jpeg_is_decoded_smaller_where_a_size_suffices(
+    height: int, width: int, enough: int, expected: tuple[int, int]
+) -> None:
+    """And shows what the whole shows, resized."""
+    data = encoded(picture(height, width), "JPEG", quality=95)
+    for channels in (1, 3):
+        whole, small = (read_image(data, channels=channels, enough=e) for e in (None, (enough, enough)))
+        assert small.shape == (channels, *expected)
+        resized = torch.nn.functional.interpolate(whole[None].float(), expected, mode="area")[0]
+        assert (small - resized).abs().mean() < 1.5
+    assert torch.equal(read_image(PROGRESSIVE, enough=(48, 64)), read_image(PROGRESSIVE))
+
+
+def test_a_damaged_jpeg_is_refused_however_it_is_decoded() -> None:
+    data = encoded(picture(480, 640), "JPEG", quality=95)
+    hurt = data[: len(data) // 2] + bytes(range(256)) + data[len(data) // 2 + 256 :]
+    assert "damaged" in refusal(hurt, enough=(60, 60)) and "damaged" in refusal(data[:-500], enough=(60, 60))

@@ -159,11 +159,11 @@ def test_an_epoch_is_a_permutation_whose_incomplete_batch_is_dropped(source: Sou
     subject = loader(source)
     assert subject.steps_per_epoch == 2
     for epoch in range(3):
-        assert sorted(subject.order(epoch)) == list(range(COUNT))
-    assert subject.order(0) != subject.order(1)
+        assert sorted(subject.order(epoch).tolist()) == list(range(COUNT))
+    assert not torch.equal(subject.order(0), subject.order(1))
     seen = torch.cat([plain[0]["ids"], plain[1]["ids"]]).tolist()
-    assert len(set(seen)) == 2 * BATCH and seen == subject.order(0)[: 2 * BATCH]
-    assert plain[2]["ids"].tolist() == subject.order(1)[:BATCH]
+    assert len(set(seen)) == 2 * BATCH and seen == subject.order(0)[: 2 * BATCH].tolist()
+    assert plain[2]["ids"].tolist() == subject.order(1)[:BATCH].tolist()
 
 
 def test_a_set_smaller_than_a_batch_is_one_short_batch_an_epoch(source: Source) -> None:
@@ -360,3 +360,18 @@ def test_workers_end_with_the_error_that_ended_the_iteration() -> None:
 
 def test_small_sets_are_read_in_the_main_process() -> None:
     assert auto_workers(10_000, (28, 28)) == 0 < auto_workers(10_000, (224, 224)) <= 8
+    assert auto_workers(50_000, (32, 32)) == 0 < auto_workers(50_000, (32, 32), beside_gpu=True)
+
+
+def test_dct_scaling_changes_large_jpeg_a_little_and_nothing_else(source: Source, tmp_path: Path) -> None:
+    plain, scaled = (whole(loader(source, dct_scaling=on).steps(0, 2)) for on in (False, True))
+    assert same(plain, scaled)  # small, and no JPEG
+    y, x = np.mgrid[0:320, 0:400]
+    for i in range(BATCH):
+        waves = [127 + 100 * np.sin(x / (20 + i)) * np.cos(y / (31 - i)) for _ in range(3)]
+        Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(tmp_path / f"{i}.jpg", quality=95)
+    view, large = PretrainView((8, 8), scale=(1.0, 1.0)), open_source(tmp_path)
+    plain, scaled = (whole(loader(large, view=view, dct_scaling=on).steps(0, 2)) for on in (False, True))
+    for a, b in zip(plain, scaled, strict=True):
+        assert torch.equal(a["noise"], b["noise"]) and not torch.equal(a["images"], b["images"])
+        assert (a["images"] - b["images"]).abs().mean() < 0.1  # of a deviation of 1

@@ -521,7 +521,7 @@ def test_a_broken_file_below_a_dataset_is_a_bad_image() -> None:
 def test_holding_out_is_per_class_and_does_not_depend_on_the_order(count: int, classes: int, random: Any) -> None:
     source = listed(count, min(classes, count // 2))
     train, val = hold_out(source)
-    assert sorted(train.ids + val.ids) == source.ids and set(names_of(val)) == set(names_of(train))
+    assert sorted([*train.ids, *val.ids]) == source.ids and set(names_of(val)) == set(names_of(train))
     members, held = Counter(names_of(source)), Counter(names_of(val))
     assert all(held[name] == max(1, round(0.2 * members[name])) for name in members)
     order = list(range(count))

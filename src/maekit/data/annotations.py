@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maekit.data.columns import Names
 from maekit.data.source import FileSource, number, read_regular_file
 from maekit.errors import MaekitError
 
@@ -47,14 +48,11 @@ def open_annotations(path: Path, name: str, *, classes: list[str] | None = None)
     order = sorted(files, key=lambda image: files[image])
     paths = [files[image] for image in order]
     _check_files(path, paths)
+    keys = Names.of(paths)
     if labels is None:
-        return FileSource(name, _ids(paths), paths, root=str(path.parent))
+        return FileSource(name, keys.readable, keys, root=str(path.parent))
     numbers, known = number([labels[image] for image in order], _class_names(said), classes, name)
-    return FileSource(name, _ids(paths), paths, numbers, known, str(path.parent))
-
-
-def _ids(paths: list[str]) -> list[str]:
-    return [path.replace(os.sep, "/") for path in paths]
+    return FileSource(name, keys.readable, keys, numbers, known, str(path.parent))
 
 
 def _labels(said: Mapping[str, Any], files: Mapping[Any, str]) -> dict[Any, str] | None:
@@ -92,7 +90,7 @@ def _check_files(path: Path, paths: list[str]) -> None:
         again = next(name for name, times in Counter(paths).items() if times > 1)
         raise MaekitError("E-DATA-LIST", f"{path}", found=f"{again} twice", expected="each image once")
     for name in paths:
-        if "\0" in name or not os.path.lexists(path.parent / name):
+        if "\0" in name or not os.path.lexists(os.path.join(path.parent, name)):
             raise MaekitError(
                 "E-DATA-LIST", f"{path}", found=f"no file {name}", expected=f"paths relative to {path.parent}"
             )
@@ -118,4 +116,5 @@ def open_pets(path: Path, text: str, name: str, *, classes: list[str] | None = N
         found[key] = match[1]
     keys = sorted(found)
     numbers, known = number([found[key] for key in keys], sorted(set(found.values())), classes, name)
-    return FileSource(name, _ids(keys), keys, numbers, known, str(root))
+    paths = Names.of(keys)
+    return FileSource(name, paths.readable, paths, numbers, known, str(root))

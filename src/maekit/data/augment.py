@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import ColorJitter, InterpolationMode, RandAugment
 from torchvision.transforms.v2 import functional as F
 
@@ -24,6 +24,9 @@ from maekit.errors import MaekitError
 
 ASPECT = (3 / 4, 4 / 3)
 """Aspect ratios of random crops: torchvision's RandomResizedCrop, which the official pre-training uses."""
+LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())
+MOST_DRAWS = 10
+"""Boxes that are drawn until one fits the image: torchvision's RandomResizedCrop."""
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?|-t[a-z0-9]+)*")
 """What timm reads of a RandAugment string: magnitude, number, probability, noise, limit, increasing; a set of names."""
 TENSOR_AUGMENT = re.compile(r"tensor-m(\d|10)-n([1-9])")
@@ -55,9 +58,20 @@ def resize_to_cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> Te
     # whole numbers, rounded down: exactly the sides that torchvision's Resize gives
     tall = rows * width >= columns * height
     target = [rows, width * rows // height] if tall else [height * columns // width, columns]
-    if target != [height, width]:
-        image = F.resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return image
+    return resized(image, (target[0], target[1]))
+
+
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (C, H, W) to (C, *size), bicubic with antialiasing: the pixels of torchvision's `resize`, sooner."""
+    if image.shape[-2:] == size:
+        return image
+    return interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
+
+
+def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+    """Cut a box (top, left, height, width) out of (C, H, W) and resize it to (C, *size)."""
+    top, left, tall, wide = box
+    return resized(image[:, top : top + tall, left : left + wide], size)
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
@@ -67,11 +81,32 @@ def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]
     """
     if scale == (1.0, 1.0):
         return eval_view(image, size)
-    # torchvision computes in list[float]; its stub names the parameters list only
-    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ASPECT))
-    return F.resized_crop(
-        image, top, left, height, width, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    return resized_crop(image, random_box(image.shape[-2], image.shape[-1], scale), size)
+
+
+def random_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width of a box, in pixels, as torchvision's RandomResizedCrop does.
+
+    The same numbers from the same generator; its own function takes twice as long, which counts for small images.
+    """
+    area, drawn = height * width, torch.empty(1)
+    for _ in range(MOST_DRAWS):
+        wanted = area * drawn.uniform_(*scale).item()
+        aspect = drawn.uniform_(*LOG_ASPECT).exp_().item()
+        wide, tall = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
+        if 0 < wide <= width and 0 < tall <= height:
+            return _randint(height - tall), _randint(width - wide), tall, wide
+    # the middle, as much of it as the aspects allow
+    tall, wide = min(height, round(width / ASPECT[0])), min(width, round(height * ASPECT[1]))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def enough(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int, int]:
+    """Return height and width from which no random crop of `scale` has to be enlarged to `size`, except by rounding."""
+    if scale == (1.0, 1.0):
+        return size
+    side = math.ceil(max(size) / math.sqrt(scale[0] * ASPECT[0]))  # by the smallest box in parts of the image
+    return side, side
 
 
 def fixed_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -87,7 +122,7 @@ def fixed_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
         image = F.pad(resize_to_cover(image, size, 1.0), border, padding_mode="reflect")
     else:
         image = resize_to_cover(image, size, 0.875)
-    top, left = (int(torch.randint(0, have - want + 1, ())) for have, want in zip(image.shape[-2:], size, strict=True))
+    top, left = (_randint(have - want) for have, want in zip(image.shape[-2:], size, strict=True))
     return F.crop(image, top, left, *size)
 
 
@@ -100,10 +135,7 @@ def clamped_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float
     """
     if scale == (1.0, 1.0):
         return eval_view(image, size)
-    top, left, tall, wide = clamped_box(image.shape[-2], image.shape[-1], scale)
-    return F.resized_crop(
-        image, top, left, tall, wide, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    return resized_crop(image, clamped_box(image.shape[-2], image.shape[-1], scale), size)
 
 
 def clamped_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -112,12 +144,21 @@ def clamped_box(height: int, width: int, scale: tuple[float, float]) -> tuple[in
     aspect = math.exp(_uniform(*map(math.log, ASPECT)))
     tall = min(height, max(1, round(math.sqrt(area / aspect))))
     wide = min(width, max(1, round(math.sqrt(area * aspect))))
-    top, left = (int(torch.randint(0, room + 1, ())) for room in (height - tall, width - wide))
-    return top, left, tall, wide
+    return _randint(height - tall), _randint(width - wide), tall, wide
 
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand((), dtype=torch.double))
+
+
+def _randint(most: int) -> int:
+    """Draw a whole number from 0 to `most`."""
+    return int(torch.randint(0, most + 1, ()).item())
+
+
+def _mirrored(image: Tensor) -> Tensor:
+    """Return the image or, half of the time, its mirror."""
+    return image.flip(-1) if torch.rand(()).item() < 0.5 else image
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -166,6 +207,14 @@ class PretrainView:
     crop: str = "random"
     color_jitter: float = 0.0
 
+    @property
+    def enough(self) -> tuple[int, int]:
+        """Height and width that suffice of an image (`enough`)."""
+        if self.crop == "random":
+            return enough(self.size, self.scale)
+        kept = 0.875 if self.crop == "fixed" else default_crop_pct(self.size)
+        return math.ceil(self.size[0] / kept), math.ceil(self.size[1] / kept)
+
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
         if self.crop == "random":
@@ -174,8 +223,7 @@ class PretrainView:
             image = fixed_crop(image, self.size)
         else:
             image = eval_view(image, self.size, default_crop_pct(self.size))
-        if self.flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
+        image = _mirrored(image) if self.flip else image
         return ColorJitter(*(self.color_jitter,) * 3)(image) if self.color_jitter else image
 
 
@@ -187,10 +235,15 @@ class ProbeView:
     scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = True
 
+    @property
+    def enough(self) -> tuple[int, int]:
+        """Height and width that suffice of an image (`enough`)."""
+        return enough(self.size, self.scale)
+
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
         image = clamped_crop(image, self.size, self.scale)
-        return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
+        return _mirrored(image) if self.flip else image
 
 
 @dataclass(frozen=True)
@@ -208,6 +261,11 @@ class FinetuneView:
     auto_augment: str | None = None
     fill: tuple[int, ...] = (124, 116, 104)
     color_jitter: float = 0.0
+
+    @property
+    def enough(self) -> tuple[int, int]:
+        """Height and width that suffice of an image (`enough`)."""
+        return enough(self.size, self.scale)
 
     @cached_property
     def _augment(self) -> Any:
@@ -227,8 +285,7 @@ class FinetuneView:
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size)."""
         image = random_crop(image, self.size, self.scale)
-        if self.flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
+        image = _mirrored(image) if self.flip else image
         if self.color_jitter:
             image = ColorJitter(*(self.color_jitter,) * 3)(image)
         if self.auto_augment and isinstance(self._augment, RandAugment):

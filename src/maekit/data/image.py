@@ -15,7 +15,7 @@ Rules that hold for every image, in training, evaluation and display alike (docs
     truncation          refused, and so is damage that the decoder sees; a JPEG that lacks only its end marker is whole
     bombs               at most `MAX_PIXELS` by the header, `MAX_SCANS` of a progressive JPEG, `MAX_ARRAY_BYTES`
     smallest side       `MIN_SIDE` pixels
-The fast JPEG path gives Pillow's pixels to the bit.
+The fast JPEG path gives Pillow's pixels to the bit, unless a size that suffices is named (`--dct-scaling`).
 """
 
 import io
@@ -105,7 +105,9 @@ warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  #
 warnings.filterwarnings("ignore", message="Reading `.npy` or `.npz` file required additional header parsing")
 
 
-def read_image(data: bytes, *, channels: int | None = None, name: str = "image") -> Tensor:
+def read_image(
+    data: bytes, *, channels: int | None = None, name: str = "image", enough: tuple[int, int] | None = None
+) -> Tensor:
     """Decode one image into (C, H, W).
 
     Args:
@@ -113,6 +115,8 @@ def read_image(data: bytes, *, channels: int | None = None, name: str = "image")
         channels: 3 (RGB) or 1 (grey by luma) for pictures, 3 when None; for .npy the number that the array must
             hold, any when None.
         name: what to call the image in messages.
+        enough: height and width that suffice: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, by leaving
+            high frequencies out (DCT scaling), but not below this. None: whole.
 
     Returns:
         uint8; float32 for .npy arrays of uint16 (divided by 65535) or floats (as they are). Memory may lie in
@@ -128,7 +132,7 @@ def read_image(data: bytes, *, channels: int | None = None, name: str = "image")
         if channels not in (None, 1, 3):
             raise _Refusal(f"{kind or 'this'} image cannot give {channels} channels", "an .npy array (H, W, C)")
         if kind == "JPEG":
-            return _read_jpeg(data, channels or 3)
+            return _read_jpeg(data, channels or 3, enough)
         if kind is None:
             raise _Refusal(_describe(data), f"one of {', '.join(FORMATS)}")
         return _read_pillow(data, kind, channels or 3)
@@ -185,7 +189,7 @@ def _check_size(width: int, height: int) -> None:
         raise _Refusal(f"{width} x {height} pixels", f"both sides at least {MIN_SIDE}")
 
 
-def _read_jpeg(data: bytes, channels: int) -> Tensor:
+def _read_jpeg(data: bytes, channels: int, enough: tuple[int, int] | None) -> Tensor:
     """Decode strictly; only what simplejpeg does not know goes on to Pillow."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -198,18 +202,21 @@ def _read_jpeg(data: bytes, channels: int) -> Tensor:
     if colours in ("CMYK", "YCCK"):
         return _read_pillow(data, "JPEG", channels)  # knows Adobe's inverted inks
     try:
-        return _decode_jpeg(data, channels)
+        return _decode_jpeg(data, channels, enough)
     except ValueError as error:
         if "Premature end of JPEG file" in str(error):
-            return _decode_jpeg(data + b"\xff\xd9", channels)  # whole but for the end marker; if cut, it says so
+            return _decode_jpeg(
+                data + b"\xff\xd9", channels, enough
+            )  # whole but for the end marker; if cut, it says so
         if "Corrupt JPEG data" in str(error):
             raise  # the decoder had to guess pixels; Pillow would hand them out without a word
         return _read_pillow(data, "JPEG", channels)
 
 
-def _decode_jpeg(data: bytes, channels: int) -> Tensor:
+def _decode_jpeg(data: bytes, channels: int, enough: tuple[int, int] | None) -> Tensor:
     """Decode with libjpeg-turbo; its warnings are errors."""
-    pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True)
+    least = {} if enough is None else {"min_height": enough[0], "min_width": enough[1], "min_factor": 2}
+    pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True, **least)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

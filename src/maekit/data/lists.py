@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from maekit.data.annotations import open_pets
+from maekit.data.columns import Names
 from maekit.data.image import SUFFIXES
 from maekit.data.parquet import LABEL_COLUMNS
 from maekit.data.source import FileSource, in_order, number, read_regular_file
@@ -76,42 +77,47 @@ def open_list(
     elif lines[0][2][0]:
         names = [label for _, _, (label,) in lines]
         labels, known = number(names, in_order(names), classes, name)
-    paths = [where for _, where, _ in lines]
-    ids = [PurePath(where).as_posix() for where in paths]
-    return FileSource(name, ids, paths, labels, known, str(root), targets=targets)
+    paths = Names.of(where for _, where, _ in lines)
+    return FileSource(name, paths.readable, paths, labels, known, str(root), targets=targets)
 
 
 def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> MaekitError:
     return MaekitError("E-DATA-LIST", f"{path} line {line}", found=found, expected=expected)
 
 
+def _stream(text: str, newline: str | None) -> io.TextIOWrapper:
+    """Return the text as a file of lines; a StringIO would hold four bytes for each letter."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline=newline)
+
+
 def _txt(text: str, path: Path) -> Iterator[Line]:
     """Yield the lines of a .txt."""
-    for at, line in enumerate(io.StringIO(text, newline=None), 1):
+    once: dict[str, tuple[str]] = {}  # a million lines name a thousand classes
+    for at, line in enumerate(_stream(text, None), 1):
         if not line.strip():
             continue
         match = _TXT_LINE.fullmatch(line.strip())
         if match is None:
             raise _refuse(path, at, repr(line), "an image's path, then its label if it has one")
-        yield at, os.path.normpath(match[1]), ((match[2] or "").strip(),)
+        label = (match[2] or "").strip()
+        yield at, os.path.normpath(match[1]), once.setdefault(label, (label,))
 
 
 def _csv(
     text: str, path: Path, image_column: str | None, label_column: str | None, form: Form | None
 ) -> tuple[list[str], list[Line]]:
     """Return the names of the label columns and the lines of a .csv or .tsv, with or without a header."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-    )
-    where, labels, lines = 0, {"label": 1}, list[Line]()
+    reader = csv.reader(_stream(text, ""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    where, labels, lines, once = 0, {"label": 1}, list[Line](), dict[tuple[str, ...], tuple[str, ...]]()
     try:
         for cells in reader:
             if reader.line_num == 1 and (header := _header(cells, path, image_column, label_column, form)) is not None:
                 where, labels = header
                 continue
             if any(cell.strip() for cell in cells):
-                found = tuple(_cell(cells, place) for place in labels.values())
-                lines.append((reader.line_num, _path_cell(cells, where, path, reader.line_num), found or ("",)))
+                found = tuple(_cell(cells, place) for place in labels.values()) or ("",)
+                found = once.setdefault(found, found)
+                lines.append((reader.line_num, _path_cell(cells, where, path, reader.line_num), found))
     except csv.Error as error:
         raise _refuse(path, reader.line_num, str(error), "comma or tab separated values") from error
     return list(labels), lines
@@ -174,7 +180,7 @@ def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
 
 def _check(lines: Iterable[Line], path: Path, root: Path, *, needs_label: bool) -> None:
     """Refuse lines twice there, lines without a label beside lines with one, and files that do not exist."""
-    first: dict[str, int] = {}
+    first, folder = dict[str, int](), str(root)
     labelled = needs_label and any(labels[0] for *_, labels in lines)
     for at, where, labels in lines:
         if where in first:
@@ -182,5 +188,5 @@ def _check(lines: Iterable[Line], path: Path, root: Path, *, needs_label: bool) 
         first[where] = at
         if labelled and not labels[0]:
             raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
-        if "\0" in where or not os.path.lexists(root / where):
+        if "\0" in where or not os.path.lexists(os.path.join(folder, where)):
             raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")

@@ -4,7 +4,7 @@ Every sample is a function of (seed, epoch, sample index) (`maekit.data.samples`
 from (seed, epoch), cut into global batches, each cut into one contiguous part per process and that into
 micro-batches. So the number of workers, the number of processes and the step at which a run was stopped change no
 sample and no mask; a position is one number, the step. One pool of workers serves the whole run: they start once,
-not once per epoch (`maekit.data.workers`).
+not once per epoch (`maekit.data.workers`). Pictures that all fit into memory are decoded once (`maekit.data.decoded`).
 
 An incomplete global batch at the end of an epoch is trained short, or with `drop_last` dropped (as in the official
 recipes); a set smaller than one batch is one short batch per epoch in any case.
@@ -13,6 +13,7 @@ recipes); a set smaller than one batch is one short batch per epoch in any case.
 import atexit
 import contextlib
 import itertools
+import logging
 import math
 import os
 import weakref
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from maekit.data.bad_images import BadImages, Policy
+from maekit.data.decoded import room_for
 from maekit.data.masks import Masks
 from maekit.data.samples import Key, Samples, View, collate
 from maekit.data.source import Source
@@ -37,10 +39,16 @@ READ_TIMEOUT = 120.0
 
 Batch = dict[str, Tensor]
 
+log = logging.getLogger("maekit")
 
-def auto_workers(num_images: int, size: tuple[int, int]) -> int:
-    """Choose how many loader processes: none where decoding is nothing beside a process's start of seconds."""
-    small = num_images * math.prod(size) < 20_000 * 64 * 64
+
+def auto_workers(num_images: int, size: tuple[int, int], *, beside_gpu: bool = False) -> int:
+    """Choose how many loader processes: none where decoding is nothing beside a process's start of seconds.
+
+    One process crops 10,000 images of 32 px a second, which is plenty beside training on a CPU. A GPU takes more, and
+    cores are idle beside it.
+    """
+    small = num_images * math.prod(size) < (2_000 if beside_gpu else 20_000) * 64 * 64
     return 0 if small else min(8, max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 4))
 
 
@@ -81,6 +89,8 @@ class Loader:
         bad_log: file to which unreadable images are written, one JSON object a line.
         looked_at: images that were looked at before (`maekit.data.check`): they count as seen.
         masks: gives each sample its "scores" (N,); an image whose mask cannot be read is an unreadable image.
+        decoded_bytes: pictures are decoded once and stay in memory if all together take no more.
+        dct_scaling: large JPEG are decoded no larger than the view, which says so, makes use of (`read_image`).
     """
 
     def __init__(
@@ -104,24 +114,29 @@ class Loader:
         bad_images: Policy = "skip",
         bad_log: Path | None = None,
         looked_at: int = 0,
+        decoded_bytes: int = 0,
+        dct_scaling: bool = False,
     ) -> None:
         self.source, self.seed, self.workers, self.read_timeout = source, seed, workers, read_timeout
         self.batch_size = min(batch_size, len(source))
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.device = torch.device(device)
-        self.samples = Samples(source, view, len(mean), seed, num_noise, masks)
+        decoded = room_for(len(source), decoded_bytes)
+        enough = getattr(view, "enough", None) if dct_scaling else None
+        self.samples = Samples(source, view, len(mean), seed, num_noise, masks, decoded, enough)
         shape = (1, len(mean), 1, 1)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(shape)
         self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(shape)
         self.bad = BadImages(source.ids, bad_images, looked_at=looked_at, file=bad_log)
         self.steps_per_epoch = steps_per_epoch(len(source), batch_size, drop_last)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._said = False
 
-    def order(self, epoch: int) -> list[int]:
-        """Return the permutation of sample indices of one epoch: a function of (seed, epoch)."""
+    def order(self, epoch: int) -> Tensor:
+        """Return the permutation of sample indices of one epoch, (n,): a function of (seed, epoch)."""
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._order = epoch, torch.randperm(len(self.source), generator=generator).tolist()
+            self._order = epoch, torch.randperm(len(self.source), generator=generator)
         return self._order[1]
 
     def _share(self, step: int) -> tuple[int, int, int, int]:
@@ -142,7 +157,7 @@ class Loader:
         At least one of one image: where the share is empty it is another process's, to be weighed with 0.
         """
         epoch, start, end, whole = self._share(step)
-        chosen = self.order(epoch)[start:end]
+        chosen = self.order(epoch)[start:end].tolist()
         first, last = self.rank * whole // self.world, (self.rank + 1) * whole // self.world
         mine = [(epoch, index) for index in chosen[first:last] or chosen[:1]]
         return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
@@ -203,7 +218,14 @@ class Loader:
                     hint = "maekit data PATH lists them" if code == "E-DATA-BAD" else None
                     raise MaekitError(code, line, hint=hint)
                 self.bad.book(batch.pop("bad"), len(batch["ids"]))
+                self._say_what_stays()
                 yield self._to_device(batch)
+
+    def _say_what_stays(self) -> None:
+        """Say after the first batch, which shows how large images are, that they stay in memory."""
+        if not self._said and self.samples.decoded is not None and (size := self.samples.decoded.expected):
+            log.info("decoded images stay in memory: %.0f MB for all %d", size / 2**20, len(self.source))
+        self._said = True
 
     def _collated(self, sampler: Iterable[list[Key]]) -> Generator[dict[str, Any], None, None]:
         """Yield the batches of the sampler's keys in main memory, made here or by workers."""
@@ -224,8 +246,8 @@ class Loader:
     def _to_device(self, batch: Batch) -> Batch:
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         images = batch["images"]
-        scaled = images.float().div_(255) if images.dtype == torch.uint8 else images
-        batch["images"] = (scaled - self.mean) / self.std
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        batch["images"] = images.sub_(self.mean).div_(self.std)  # in place: the batch is nobody else's
         return batch
 
 

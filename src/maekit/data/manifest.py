@@ -8,17 +8,19 @@ does not know (null) is not compared.
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from maekit.data.columns import Names, Numbers
 from maekit.data.masks import Masks
 from maekit.data.parquet import ParquetSource
 from maekit.data.source import Source, read_regular_file
@@ -151,25 +153,35 @@ def to_bytes(table: pa.Table) -> bytes:
 def _rows_of(part: str, source: Source) -> list[pa.Table]:
     labels = None
     if source.labels is not None and source.classes is not None:
-        labels = [source.classes[label] for label in source.labels]
+        labels = pa.array(source.classes, pa.string()).take(pa.array(np.asarray(source.labels)))
     elif source.targets is not None:
         labels = [" ".join(map(repr, row)) for row in source.targets.values.tolist()]
     if isinstance(source, ParquetSource):
         names = [Path(path).name for path in dict.fromkeys(group.path for group in source.groups)]
         files = _table(f"{part} files", names, source.sizes())
         return [_table(part, source.ids, None, labels), files]
-    return [_table(part, source.ids, list(source.sizes()) or None, labels)]
+    return [_table(part, source.ids, source.sizes(), labels)]
 
 
 def _table(
-    part: str, names: list[str], sizes: list[int] | None, labels: list[str] | None = None,
+    part: str, names: Sequence[str], sizes: Sequence[int] | None, labels: "pa.Array | list[str] | None" = None,
     sha256: list[str] | None = None,
 ) -> pa.Table:  # fmt: skip
-    columns = [[part] * len(names), names, sizes, labels, sha256]
+    columns = [pa.repeat(part, len(names)), names, sizes, labels, sha256]
     return pa.table(
-        [pa.array(values or [None] * len(names), kind.type) for values, kind in zip(columns, SCHEMA, strict=True)],
-        schema=SCHEMA,
+        [_array(values, kind.type, len(names)) for values, kind in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
     )
+
+
+def _array(values: Any, kind: pa.DataType, count: int) -> pa.Array:
+    """Return a column of the table, of a million values without making each; of nothing, as many nulls."""
+    if isinstance(values, Names):
+        values = values.arrow
+    elif isinstance(values, Numbers):
+        values = pa.array(values.array)
+    if isinstance(values, pa.Array):
+        return values.cast(kind)
+    return pa.array(values, kind) if values else pa.nulls(count, kind)
 
 
 def _size(path: str) -> int:

@@ -18,10 +18,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as kind_of
 
+from maekit.data.columns import Numbers, RowNames
 from maekit.data.image import sniff
 from maekit.data.source import Source, Targets, changed, in_order, number
 from maekit.data.targets import Form, columns_of, read_targets
@@ -153,8 +155,10 @@ def open_parquet(
     rows = Counter[str]()
     for group in groups:
         rows[group.path] += group.num_rows
-    ids = [f"{path.name}:{row}" for path in paths for row in range(rows[str(path)])]
-    return ParquetSource(name, ids, list(range(len(ids))), labels, known, tuple(groups), column, targets=targets)
+    starts = [0, *accumulate(rows[str(path)] for path in paths)]
+    keys = Numbers(np.arange(starts[-1]))
+    ids = RowNames(keys, [path.name for path in paths], starts[:-1])
+    return ParquetSource(name, ids, keys, labels, known, tuple(groups), column, targets=targets)
 
 
 def _layout(paths: Sequence[Path]) -> tuple[pa.Schema, list[RowGroup]]:

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from maekit.data.decoded import Decoded
 from maekit.data.image import read_image
 from maekit.data.masks import Masks
 from maekit.data.source import Source
@@ -70,13 +71,23 @@ class Samples(Dataset[dict[str, Any]]):
     Attributes:
         given_up: images that no one shall try to read any more, and why: they made loader processes hang or die.
         seat: where a loader process says what it is at; None in the main process.
+        decoded: pictures that need not be read again; None: all are.
+        enough: as in `read_image`.
     """
 
     def __init__(
-        self, source: Source, view: View, channels: int, seed: int, num_noise: int, masks: Masks | None = None
+        self,
+        source: Source,
+        view: View,
+        channels: int,
+        seed: int,
+        num_noise: int,
+        masks: Masks | None = None,
+        decoded: Decoded | None = None,
+        enough: tuple[int, int] | None = None,
     ) -> None:
         self.source, self.view, self.channels = source, view, channels
-        self.seed, self.num_noise, self.masks = seed, num_noise, masks
+        self.seed, self.num_noise, self.masks, self.decoded, self.enough = seed, num_noise, masks, decoded, enough
         self.given_up: dict[int, str] = {}
         self.seat: Seat | None = None
         self._waited_for: set[int] = set()
@@ -141,13 +152,23 @@ class Samples(Dataset[dict[str, Any]]):
         if self.seat is not None:
             self.seat.take(at)
         reach("worker-read")
-        data = self.source.read(at)
-        name = self.source.ids[at]
-        image = data if isinstance(data, Tensor) else read_image(data, channels=self.channels, name=name)
+        image = None if self.decoded is None else self.decoded.get(at)
+        if image is None:
+            image = self._decode(at)
         scores = None if self.masks is None else self.masks.scores(at)
         if self.seat is None and (took := time.monotonic() - began) > SLOW_AFTER:
-            log.warning("slow: %s took %.0f s to read", name, took)
-        return self._checked(image, at), scores
+            log.warning("slow: %s took %.0f s to read", self.source.ids[at], took)
+        return image, scores
+
+    def _decode(self, at: int) -> Tensor:
+        data = self.source.read(at)
+        if isinstance(data, Tensor):
+            return self._checked(data, at)
+        image = read_image(data, channels=self.channels, name=self.source.ids[at], enough=self.enough)
+        image = self._checked(image, at)
+        if self.decoded is not None:
+            self.decoded.offer(at, image)
+        return image
 
     def _checked(self, image: Tensor, at: int) -> Tensor:
         if image.shape[0] != self.channels:
@@ -175,16 +196,19 @@ def _no_memory(name: str) -> MaekitError:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items into a batch; "bad" becomes one list, "stop" (code and line of an error) stands alone."""
+    """Stack items into a batch; "bad" becomes one list, "stop" (code and line of an error) stands alone.
+
+    In a worker torch's `default_collate` stacks in shared memory at once, so pixels are not copied once more there.
+    """
     if stops := [item["stop"] for item in items if "stop" in item]:
         return {"stop": stops[0]}
     images = [item["images"] for item in items]
     if len({image.dtype for image in images}) > 1:  # pictures among float arrays, which are within 0..1 already
         images = [image.float().div_(255) if image.dtype == torch.uint8 else image for image in images]
     return {
-        "images": torch.stack(images),
+        "images": default_collate(images),
         "labels": torch.tensor([item["labels"] for item in items]),
         "ids": torch.tensor([item["ids"] for item in items]),
-        **{name: torch.stack([item[name] for item in items]) for name in STACKED if name in items[0]},
+        **{name: default_collate([item[name] for item in items]) for name in STACKED if name in items[0]},
         "bad": [entry for item in items for entry in item["bad"]],
     }

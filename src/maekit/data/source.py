@@ -1,7 +1,8 @@
 """A `Source` is a list of images: ids, labels, classes, and `read(i)`.
 
-It is immutable, cheap to subset and cheap to send to loader workers, because files are opened by `read` only. One
-subclass per form: files here, rows of parquet files in `parquet`, other people's map-style datasets here too.
+It is immutable, cheap to subset and cheap to send to loader workers, because files are opened by `read` only and names
+are in memory that all processes share (`maekit.data.columns`). One subclass per form: files here, rows of parquet files
+in `parquet`, other people's map-style datasets here too.
 Files are opened without blocking and must be regular, so a FIFO, a socket, a device or a folder called x.jpg is a
 bad image and never a hang.
 """
@@ -13,13 +14,14 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from maekit.data.columns import Column, Names, Numbers, RowNames
 from maekit.data.image import from_pillow
 from maekit.errors import MaekitError
 
@@ -49,18 +51,28 @@ class Source(ABC):
     Attributes:
         name: what to call it in messages.
         ids: unique, stable name of each image: its relative path, or ``file.parquet:row``.
-        keys: what `read` needs to find each image; private to the form.
+        keys: what `read` needs to find each image; private to the form. These three are columns that processes share
+            (`maekit.data.columns`), whatever sequence was given.
         labels: index into `classes` of each image, None when there are no labels.
         classes: class names by label.
         targets: tags or numbers of each image, where those were asked for; `labels` is None then.
     """
 
     name: str
-    ids: list[str] = field(repr=False)
-    keys: list[Any] = field(repr=False)
-    labels: list[int] | None = field(default=None, repr=False)
+    ids: Sequence[str] = field(repr=False)
+    keys: Sequence[Any] = field(repr=False)
+    labels: Sequence[int] | None = field(default=None, repr=False)
     classes: list[str] | None = None
     targets: Targets | None = field(default=None, repr=False, kw_only=True)
+
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Other columns of a form, with a value for each image."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ids, Column):
+            object.__setattr__(self, "ids", Names.of(self.ids).readable)
+        if self.labels is not None and not isinstance(self.labels, Numbers):
+            object.__setattr__(self, "labels", Numbers(self.labels))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,14 +86,15 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def sizes(self) -> Iterable[int]:
+    def sizes(self) -> Sequence[int]:
         """Return the sizes in bytes that the fingerprint covers."""
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over count, ids and sizes: it changes when images come, go or change size; over targets."""
         digest = hashlib.sha256(str(len(self)).encode())
-        for part in (*self.ids, *map(str, self.sizes())):
-            digest.update(b"\0" + part.encode())
+        for column in (self.ids, self.sizes()):
+            for part in column.parts() if isinstance(column, Column) else [column]:
+                digest.update("".join(f"\0{value}" for value in part).encode())
         if self.targets is not None:
             digest.update("\0".join(["", *self.targets.names]).encode())
             digest.update(np.ascontiguousarray(self.targets.values, dtype="<f8").tobytes())
@@ -91,12 +104,13 @@ class Source(ABC):
         """Return texts that change when any image here does, also to one of equal size; None where nothing tells."""
         return None
 
-    def subset(self, indices: Sequence[int]) -> Self:
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Self:
         """Return the same kind of source with only these images, in this order."""
         chosen = copy.copy(self)
-        for name in ("ids", "keys", "labels"):
-            values = getattr(self, name)
-            object.__setattr__(chosen, name, None if values is None else [values[i] for i in indices])
+        for name in ("ids", "keys", "labels", *self.beside):
+            if (values := getattr(self, name)) is not None:
+                few = values.take(indices) if isinstance(values, Column) else [values[i] for i in indices]
+                object.__setattr__(chosen, name, few)
         if self.targets is None:
             return chosen
         return chosen.with_targets(Targets(self.targets.names, self.targets.values[np.asarray(indices, dtype=int)]))
@@ -115,6 +129,14 @@ class FileSource(Source):
     """One file per image; `keys` are paths relative to `root`, spelled as the system spells them."""
 
     root: str = "."
+    _sizes: Numbers | None = field(default=None, repr=False)
+
+    beside = ("_sizes",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.keys, Names):
+            object.__setattr__(self, "keys", Names.of(self.keys))
 
     def read(self, i: int) -> bytes:
         """Return the bytes of file `i`."""
@@ -124,13 +146,12 @@ class FileSource(Source):
             found = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise MaekitError("E-DATA-IMAGE", f"cannot read {self.ids[i]}", found=found) from error
 
-    def sizes(self) -> Iterator[int]:
-        """Yield each file's size, -1 when it has none."""
-        for key in self.keys:
-            try:
-                yield os.stat(os.path.join(self.root, key)).st_size
-            except OSError:
-                yield -1
+    def sizes(self) -> Numbers:
+        """Return each file's size, -1 where it has none; files are asked once."""
+        if self._sizes is None:
+            object.__setattr__(self, "_sizes", Numbers(np.fromiter(_sizes(self.root, self.keys), np.int64, len(self))))
+        assert self._sizes is not None
+        return self._sizes
 
     def stamps(self) -> Iterator[str]:
         """Yield each file's place and time of change."""
@@ -163,7 +184,8 @@ class DatasetSource(Source):
             numbers = range(max(labels, default=-1) + 1)
             classes = [str(name) for name in getattr(dataset, "classes", None) or numbers]
         count = len(dataset)
-        super().__init__(name, [str(i) for i in range(count)], list(range(count)), labels, classes)
+        rows = Numbers(np.arange(count))
+        super().__init__(name, RowNames(rows), rows, labels, classes)
         object.__setattr__(self, "dataset", dataset)
         object.__setattr__(self, "channels", channels)
 
@@ -184,9 +206,17 @@ class DatasetSource(Source):
         expected = "a PIL image, an array (H, W, C) or a tensor (C, H, W) of uint8 or float32"
         raise MaekitError("E-DATA-IMAGE", f"cannot use {self.name} item {self.ids[i]}", found=found, expected=expected)
 
-    def sizes(self) -> Iterator[int]:
-        """Yield nothing: only the dataset itself could tell, by reading everything."""
-        return iter(())
+    def sizes(self) -> Sequence[int]:
+        """Return nothing: only the dataset itself could tell, by reading everything."""
+        return ()
+
+
+def _sizes(root: str, keys: Iterable[str]) -> Iterator[int]:
+    for key in keys:
+        try:
+            yield os.stat(os.path.join(root, key)).st_size
+        except (OSError, ValueError):  # ValueError: a NUL byte in the name
+            yield -1
 
 
 def changed(path: str) -> str:
@@ -220,7 +250,9 @@ def read_regular_file(path: str) -> bytes:
     return data or b""
 
 
-def number(names: list[str], order: Sequence[str], classes: list[str] | None, what: str) -> tuple[list[int], list[str]]:
+def number(
+    names: Sequence[str], order: Sequence[str], classes: list[str] | None, what: str
+) -> tuple[list[int], list[str]]:
     """Return labels and classes for one class name per image.
 
     Args:

@@ -8,12 +8,16 @@ to a network.
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from maekit.data.annotations import PARTS, open_annotations
+from maekit.data.columns import Column, Names, Numbers
 from maekit.data.image import SUFFIXES
 from maekit.data.lists import SUFFIX as LIST_SUFFIX
 from maekit.data.lists import open_list
@@ -192,7 +196,8 @@ def open_folder(folder: Path, name: str, classes: list[str] | None = None, depth
         classes: class names of another source, see `open_source`.
         depth: how many path parts stand before the class (1: train/CLASS/image.jpg).
     """
-    keys, others = _listing(folder)
+    others, runs = Counter[str](), list[tuple[str, int]]()
+    keys = Names.of(_noting(_walk(str(folder), others), runs))
     if not keys:
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no visible file"
         pickles = any((folder / name).is_file() for name in PICKLED)
@@ -200,60 +205,94 @@ def open_folder(folder: Path, name: str, classes: list[str] | None = None, depth
         raise MaekitError(
             "E-DATA-EMPTY", f"no images in {folder}", found=found, expected=" ".join(sorted(SUFFIXES)), hint=hint
         )
-    ids = [_id(key) for key in keys]
-    parts = [one.split("/") for one in ids]
-    if any(len(one) < depth + 2 for one in parts):
-        return FileSource(name, ids, keys, root=str(folder))
+    parts = [inside.split("/") if inside else [] for inside, _ in runs]
+    if any(len(one) <= depth for one in parts):
+        return FileSource(name, keys.readable, keys, root=str(folder))
     names = [one[depth] for one in parts]
-    labels, known = number(names, sorted(set(names)), classes, name)
-    return FileSource(name, ids, keys, labels, known, str(folder))
+    numbers, known = number(names, sorted(set(names)), classes, name)
+    labels = np.repeat(np.array(numbers), [count for _, count in runs])
+    return FileSource(name, keys.readable, keys, Numbers(labels), known, str(folder))
 
 
 def other_files(path: str | Path) -> Counter[str]:
     """Count the visible files of a folder that no one reads, by suffix."""
-    place = _place(path)
-    return _listing(place)[1] if place.is_dir() else Counter()
+    place, others = _place(path), Counter[str]()
+    if place.is_dir():
+        for _ in _walk(str(place), others):
+            pass
+    return others
 
 
-def _listing(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Return the sorted paths of images, and the suffixes of all other files."""
-    keys, others = [], Counter()
-    for key in _walk(str(folder)):
-        suffix = os.path.splitext(key)[1].lower()
-        if suffix in SUFFIXES:
-            keys.append(key)
-        else:
-            others[suffix or "without suffix"] += 1
-    return sorted(keys, key=_id), others
+def _noting(walk: Iterable[tuple[str, list[str]]], runs: list[tuple[str, int]]) -> Iterator[list[str]]:
+    """Yield the paths of a walk, and note for each run of them the id of its folder and how many they are."""
+    for inside, names in walk:
+        runs.append((_id(inside), len(names)))
+        before = os.path.join(inside, "") if inside else ""
+        yield [before + name for name in names]
 
 
-def _walk(root: str) -> Iterator[str]:
-    """Yield what is not a folder, relative to `root`. A folder is entered once, so links cannot make a loop.
+def _walk(root: str, others: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield runs of images in the order of their ids: a folder relative to `root`, names in it.
 
-    A folder with an image's suffix is yielded too: it will be listed as a bad image.
+    A folder is entered once, so links cannot make a loop. A folder with an image's suffix is yielded as an image: it
+    will be listed as a bad one.
+
+    Args:
+        root: where to look.
+        others: counts all other files by suffix.
     """
-    seen, waiting = set(), [""]
+    seen = set()
+    waiting: list[tuple[str, list[str] | None]] = [("", None)]
     while waiting:
-        inside = waiting.pop()
+        inside, names = waiting.pop()
+        if names is not None:
+            yield inside, names
+            continue
         try:
             status = os.stat(os.path.join(root, inside))
-            entries = sorted(os.scandir(os.path.join(root, inside)), key=lambda entry: entry.name)
+            if (place := (status.st_dev, status.st_ino)) in seen:
+                continue
+            seen.add(place)
+            images, folders = _sorted_out(os.path.join(root, inside), others)
         except OSError as error:
             where = os.path.join(root, inside)
             raise MaekitError("E-DATA-PATH", f"cannot list {where}", found=error.strerror) from None
-        if (place := (status.st_dev, status.st_ino)) in seen:
-            continue
-        seen.add(place)
-        folders = []
+        waiting += reversed(_in_turns(inside, images, folders))
+
+
+def _sorted_out(folder: str, others: Counter[str]) -> tuple[list[str], list[str]]:
+    """Return the names of images and of folders in a folder, and count what else is there."""
+    images, folders = [], []
+    with os.scandir(folder) as entries:
         for entry in entries:
-            key = os.path.join(inside, entry.name)
-            if entry.name[0] == ".":
-                continue
-            if _is_folder(entry) and os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-                folders.append(key)
-            else:
-                yield key
-        waiting += reversed(folders)
+            name = entry.name
+            suffix = name[dot:].lower() if (dot := name.rfind(".")) > 0 else ""
+            if suffix in SUFFIXES:
+                if name[0] != ".":
+                    images.append(name)
+            elif name[0] != ".":
+                if _is_folder(entry):
+                    folders.append(name)
+                else:
+                    others[suffix or "without suffix"] += 1
+    return images, folders
+
+
+def _in_turns(inside: str, images: list[str], folders: list[str]) -> list[tuple[str, list[str] | None]]:
+    """Return a folder's images and folders in the order of ids: runs of names, and between them what is to be entered.
+
+    What is in a folder comes where the folder's name with a slash behind it comes.
+    """
+    plain = "".join(images).isascii()
+    images.sort(key=None if plain else _id)
+    turns, first = list[tuple[str, list[str] | None]](), 0
+    for name in sorted(folders, key=lambda name: _id(name) + "/"):
+        at = bisect_left(images, _id(name) + "/", lo=first, key=None if plain else _id)
+        if at > first:
+            turns.append((inside, images[first:at]))
+        turns.append((os.path.join(inside, name), None))
+        first = at
+    return [*turns, (inside, images[first:])] if first < len(images) else turns
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -295,15 +334,14 @@ def hold_out(source: Source, fraction: float = 0.2) -> tuple[Source, Source]:
     Raises:
         MaekitError: E-DATA-EMPTY when nothing is left for one of them.
     """
-    held: set[int] = set()
-    for members in _by_class(source).values():
+    held = np.zeros(len(source), bool)
+    for members in _by_class(source):
         count = max(round(fraction * len(members)), min(1, len(members) - 1))
-        held.update(sorted(members, key=lambda i: (_hash(source.ids[i]), i))[:count])
-    if not 0 < len(held) < len(source):
+        held[_by_hash(source, members)[:count]] = True
+    if not 0 < held.sum() < len(source):
         found = f"{len(source)} images"
         raise MaekitError("E-DATA-EMPTY", f"cannot hold out a part of {source.name}", found=found, expected="2 or more")
-    everything = range(len(source))
-    return source.subset([i for i in everything if i not in held]), source.subset(sorted(held))
+    return source.subset(np.flatnonzero(~held)), source.subset(np.flatnonzero(held))
 
 
 def label_subset(source: Source, spec: str | None, seed: int = 0) -> list[int]:
@@ -325,10 +363,7 @@ def label_subset(source: Source, spec: str | None, seed: int = 0) -> list[int]:
     if source.targets is not None:
         return _part_of_all(source, spec, seed)
     assert source.labels is not None
-    queues = [
-        sorted(members, key=lambda i: (_hash(f"{seed}:{source.ids[i]}"), i))
-        for _, members in sorted(_by_class(source).items())
-    ]
+    queues = [_by_hash(source, members, f"{seed}:") for members in _by_class(source)]
     counts = _counts(spec, [len(queue) for queue in queues])
     for queue, count in zip(queues, counts, strict=True):
         if count > len(queue):
@@ -346,7 +381,7 @@ def _part_of_all(source: Source, spec: str, seed: int) -> list[int]:
         raise MaekitError("E-USAGE-LABELS", "setting labels", found=f"{spec} of images that have no one class",
                           expected="1%, 100% or a count")  # fmt: skip
     count = _counts(spec, [len(source)])[0]
-    return sorted(sorted(range(len(source)), key=lambda i: (_hash(f"{seed}:{source.ids[i]}"), i))[:count])
+    return sorted(_by_hash(source, np.arange(len(source)), f"{seed}:")[:count])
 
 
 def _counts(spec: str, sizes: list[int]) -> list[int]:
@@ -377,13 +412,17 @@ def _share(total: int, sizes: list[int]) -> list[int]:
     return counts
 
 
-def _by_class(source: Source) -> dict[int, list[int]]:
-    """Return the indices of each label; one group when there are no labels."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(source)):
-        groups[source.labels[i] if source.labels is not None else 0].append(i)
-    return groups
+def _by_class(source: Source) -> list[np.ndarray]:
+    """Return the indices of the images of each label, in its order; one group when there are no labels."""
+    if source.labels is None:
+        return [np.arange(len(source))]
+    labels = np.asarray(source.labels)
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def _by_hash(source: Source, members: np.ndarray, before: str = "") -> list[int]:
+    """Return these indices in the order of SHA-256 of `before` and the image's id."""
+    assert isinstance(source.ids, Column)
+    hashes = (hashlib.sha256(f"{before}{name}".encode()).digest() for name in source.ids.take(members))
+    return [index for _, index in sorted(zip(hashes, members.tolist(), strict=True))]

@@ -129,7 +129,7 @@ def _write(out: Path, source: Source, parts: Parts, shape: list[int]) -> None:
         np.lib.format.write_array_header_1_0(array, header)
         for rows in parts:
             array.write(rows["values"].numpy().astype("<f4", copy=False).tobytes())
-            ids.writelines(_line(source.ids[i]) for i in rows["index"].tolist())
+            ids.writelines(_line(source.ids[int(i)]) for i in rows["index"].tolist())
 
 
 def _line(name: str) -> str:

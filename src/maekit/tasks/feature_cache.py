@@ -109,7 +109,12 @@ def changes_of(source: Source) -> str | None:
 
 def data_digest(source: Source) -> str:
     """Return a digest of images (names, sizes, times of change), labels and classes."""
-    told = [source.fingerprint(), changes_of(source), source.labels, source.classes]
+    told = [
+        source.fingerprint(),
+        changes_of(source),
+        None if source.labels is None else list(source.labels),
+        source.classes,
+    ]
     return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()
 
 

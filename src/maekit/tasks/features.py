@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -237,8 +238,9 @@ def _each_once(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _labelled(source: Source, values: Tensor, index: Tensor) -> Features:
-    labels = torch.full_like(index, -1) if source.labels is None else torch.tensor(source.labels)[index]
-    return Features(values, labels, index)
+    if source.labels is None:
+        return Features(values, torch.full_like(index, -1), index)
+    return Features(values, torch.tensor(np.asarray(source.labels), dtype=torch.long)[index], index)
 
 
 def rows_of(features: Features, images: list[int]) -> Features:

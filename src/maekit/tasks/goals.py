@@ -42,7 +42,7 @@ class Classes:
     """
 
     names: list[str]
-    labels: list[int] = field(repr=False)
+    labels: Sequence[int] = field(repr=False)
 
     best: ClassVar[str] = "top1"
     facts: ClassVar[dict[str, Any]] = {}
@@ -306,7 +306,9 @@ def _erasing(settings: Finetune, device: torch.device) -> RandomErasing | None:
     return RandomErasing(settings.random_erasing, mode="pixel", device=str(device))
 
 
-def supervised_step(settings: Finetune, num_classes: int, device: torch.device, labels: list[int] | None = None) -> Any:
+def supervised_step(
+    settings: Finetune, num_classes: int, device: torch.device, labels: Sequence[int] | None = None
+) -> Any:
     """Return the step function: random erasing, mixup or cutmix, label smoothing, loss (paper table 9).
 
     Args:

@@ -245,7 +245,8 @@ def _lines(answers: Columns, truth: Truth, rows: Rows, names: list[str]) -> Iter
     predicted, sure = rows["predicted"].tolist(), rows["probability"].tolist()
     for at, index in enumerate(rows["index"].tolist()):
         label, label_name = truth.label(index), truth.label_name(index)
-        line = [index, harmless(truth.source.ids[index]), "" if label is None else label, harmless(label_name or "")]
+        name = harmless(truth.source.ids[int(index)])
+        line: list[object] = [index, name, "" if label is None else label, harmless(label_name or "")]
         line += [names[predicted[at]], predicted[at], f"{sure[at]:.7g}"]
         if answers.kind == "all":
             yield line + [f"{value:.7g}" for value in rows["probabilities"][at].tolist()]

@@ -177,7 +177,7 @@ def _again(ready: Training, facts: dict[str, Any], here: World) -> Findings:
             loader.rank = rank
             whole, mine = loader.sizes(facts["batch"])
             for number, batch in enumerate(next(loader.steps(facts["batch"], facts["batch"] + 1))):
-                _look(batch["images"], [loader.source.ids[i] for i in batch["ids"].tolist()], found)
+                _look(batch["images"], [loader.source.ids[int(i)] for i in batch["ids"]], found)
                 seed_all(plan.seed, facts["step"] - 1, rank, number)
                 with autocast(plan.settings.precision, here.device):
                     loss = ready.step(model, batch)["loss"] * (len(batch["ids"]) / whole if mine else 0.0)
@@ -231,7 +231,7 @@ def _told(facts: dict[str, Any], found: Findings, bad: bool, ready: Training) ->
     def some(names: list[str]) -> str:
         return ", ".join(clean(name, 80) for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
-    ids = [ready.loader.source.ids[i] for i in facts["ids"] if i < len(ready.loader.source)]
+    ids = [ready.loader.source.ids[int(i)] for i in facts["ids"] if i < len(ready.loader.source)]
     lines = [
         f"step {facts['step']}: {facts['kind']} bad in training, {'and again' if bad else 'but not here'}",
         f"  loss            {found.loss:.6g} (in training {facts['loss']:.6g})",

@@ -24,7 +24,7 @@ from maekit.data.masks import Masks
 from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
-from maekit.settings import Images, Loop, Reading, Seen, Settings, Steady, Views
+from maekit.settings import Images, Loop, Seen, Settings, Steady, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating
 from maekit.tasks.same_data import Read, compared, write_down
@@ -77,9 +77,9 @@ def spread(settings: Any, task: Callable[..., Result], *args: Any) -> Result | N
     return launch(settings.nproc, task, settings, *args)
 
 
-def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int]) -> int:
+def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int], *, beside_gpu: bool = False) -> int:
     """Resolve ``workers: auto``."""
-    return auto_workers(num_images, size) if wanted == "auto" else int(wanted)
+    return auto_workers(num_images, size, beside_gpu=beside_gpu) if wanted == "auto" else int(wanted)
 
 
 def prepare(
@@ -273,11 +273,12 @@ def train_loader(
     *,
     size: tuple[int, int],
     seed: int,
-    reading: Reading,
+    reading: Steady,
     num_noise: int = 0,
     masks: Masks | None = None,
 ) -> Loader:
     """Return the loader of a training run: this process's part of every global batch."""
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Loader(
         source,
         view,
@@ -289,7 +290,7 @@ def train_loader(
         seed=seed,
         num_noise=num_noise,
         masks=masks,
-        workers=number_of_workers(reading.workers, len(source), size),
+        workers=number_of_workers(reading.workers, len(source), size, beside_gpu=world.device.type == "cuda"),
         device=world.device,
         rank=world.rank,
         world=world.size,
@@ -297,6 +298,8 @@ def train_loader(
         bad_images=reading.bad_images,
         bad_log=run.path / BAD_FILES,
         looked_at=LIMIT,
+        decoded_bytes=reading.decoded_mb * 2**20 // on_this_machine,
+        dct_scaling=reading.dct_scaling,
     )
 
 

@@ -1,5 +1,8 @@
 """What a run tells: metrics.jsonl, TensorBoard events and a line of progress.
 
+Losses, scores, images per second since the launch, and the share of the time in which steps waited for data
+(`maekit.train.waits`): near 0, more loader processes gain nothing.
+
 A full disk must never stop training: a sink that fails says so once and falls silent (checkpoints do raise).
 """
 
@@ -71,15 +74,19 @@ class Log:
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        shown = {k: v for k, v in values.items() if k == "loss" or "/" in k}
+        shown = {k: f"{v:.4g}" for k, v in values.items() if k == "loss" or "/" in k}
+        waits = {"data": f"{values['data_wait']:.0%}"} if "data_wait" in values else {}
         if self.bar is not None:
             self.bar.n = step
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=True)
+            self.bar.set_postfix({**shown, **waits}, refresh=True)
         elif time.monotonic() - self.spoke > 10 or step >= self.total or any("/" in k for k in values):
             self.spoke = time.monotonic()
             left = (self.total - step) * self.batch_size / max(1e-9, self.rate(step))
-            told = ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
-            log.info("step %d/%d, %s, %.0f images/s, %s left", step, self.total, told, self.rate(step), clock(left))
+            told = ", ".join(f"{k} {v}" for k, v in shown.items())
+            wait = "".join(f" ({share} waiting for data)" for share in waits.values())
+            log.info(
+                "step %d/%d, %s, %.0f images/s%s, %s left", step, self.total, told, self.rate(step), wait, clock(left)
+            )
 
     def __enter__(self) -> "Log":
         return self

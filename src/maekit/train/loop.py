@@ -39,6 +39,7 @@ from maekit.train.recheck import Recheck, flip_a_bit
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
 from maekit.train.state import Average, State
+from maekit.train.waits import Waits
 
 log = logging.getLogger("maekit")
 
@@ -186,7 +187,7 @@ def fit(
     save_every = settings.save_every or schedule.steps_per_epoch
     first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
     best = {prefix: Best(run, plan.keep_best, prefix) for prefix in FOLDERS if plan.keep_best}
-    guard = Guard(state, settings, plan.seed, world, run)
+    guard, waits = Guard(state, settings, plan.seed, world, run), Waits(world.device)
     recheck = Recheck(state, settings.sdc_check, world, run) if settings.sdc_check else None
 
     def flush() -> bool:
@@ -232,9 +233,10 @@ def fit(
         for micro_batches in guard.batches(loader.steps, stop):
             at = state.step
             try:
+                waits.start()
                 sizes = loader.sizes(at + state.mishaps.shift)
-                settle = world.size > 2 and at == first
-                _train_step(call, micro_batches, state, plan, sizes, world, guard, recheck, settle=settle)
+                settle, batches = world.size > 2 and at == first, waits.over(micro_batches)
+                _train_step(call, batches, state, plan, sizes, world, guard, recheck, settle=settle)
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, RuntimeError) and (known := without_peer(error, at, saved_at, run)):
                     raise known from None
@@ -248,8 +250,9 @@ def fit(
                 if records:
                     records.rewind(state.step)
                 continue
+            waits.stop()
             if state.step % settings.log_every == 0 or state.step == schedule.total:
-                _log_line(state, schedule, records, recheck.count if recheck else 0)
+                _log_line(state, schedule, records, waits.share(), recheck.count if recheck else 0)
             last = state.step == schedule.total
             if evaluate and (last or (plan.eval_every and state.step % plan.eval_every == 0)):
                 world.share_buffers(model)
@@ -411,8 +414,13 @@ def _narrow(error: Exception, loader: Batches, plan: Plan, world: World, saved_a
     loader.micro_batch = smaller
 
 
-def _log_line(state: State, schedule: Schedule, records: Log | None, faults: int) -> None:
-    """Write the mean loss since the last line; none where all these steps were left out."""
+def _log_line(state: State, schedule: Schedule, records: Log | None, data_wait: float, faults: int) -> None:
+    """Write the mean loss since the last line; none where all these steps were left out.
+
+    Args:
+        data_wait: share of the time since the last line in which steps waited for data.
+        faults: bits found that had flipped.
+    """
     if not state.window:
         return
     loss = state.loss = math.fsum(state.window) / len(state.window)
@@ -420,4 +428,5 @@ def _log_line(state: State, schedule: Schedule, records: Log | None, faults: int
     counts = {name: count for name, count in (("skipped", state.mishaps.skipped), ("sdc", faults)) if count}
     if records:
         epoch = round(state.step / schedule.steps_per_epoch, 4)
-        records.record(state.step, {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), **counts})
+        values = {"epoch": epoch, "loss": loss, "lr": schedule.lr(state.step - 1), "data_wait": round(data_wait, 4)}
+        records.record(state.step, {**values, **counts})

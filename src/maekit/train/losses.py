@@ -4,6 +4,8 @@ B batch, C classes, K tags or numbers. Every loss is the mean over images of a s
 not depend on how a batch is cut into micro-batches.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,13 +16,13 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
-def balanced_weights(labels: list[int], num_classes: int) -> Tensor:
+def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
     """Return a weight (C,) for each class, n / (C * images of it), so that all classes weigh the same together.
 
     A class without images, which no image asks for, weighs 0. Averaged over the images the weights are 1 (the rule of
     scikit-learn's ``balanced``).
     """
-    counts = torch.bincount(torch.tensor(labels), minlength=num_classes).float()
+    counts = torch.bincount(torch.tensor(list(labels)), minlength=num_classes).float()
     return torch.where(counts > 0, len(labels) / (num_classes * counts.clamp(min=1)), 0.0)
 
 
