@@ -77,6 +77,7 @@ Commas = BeforeValidator(_at_commas)
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], Commas, Field(min_length=1)]
 Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_length=1)]
 Names = Annotated[list[str], Commas, Field(min_length=1)]
+WorkerCounts = Annotated[list[Annotated[int, Field(ge=0, le=512)]], Commas, Field(min_length=1)]
 Paths = Annotated[list[Path], Commas]
 Pool = Literal["mean", "cls"]
 GridPlace = Annotated[tuple[Index, Index], BeforeValidator(_row_and_column)]
@@ -962,18 +963,20 @@ class Seen(Size, Views, Statistics):
     patch_size: int | None = setting(None, "patch side in pixels; default: the model's own", ge=1)
 
 
-class Bench(Size, Autoencoder, Masks, Machine):
-    """Measure how fast this machine trains, and what that takes."""
+class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
+    """Measure how fast this machine trains, reads and masks, and what holds it up."""
 
     positional: ClassVar[tuple[str, ...]] = ("action",)
     takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
     takes_only: ClassVar[tuple[str, ...]] = (
-        *Size.model_fields, *Autoencoder.model_fields, *Masks.model_fields, "batch_size",
+        *Place.model_fields, *Size.model_fields, *Views.model_fields, *Autoencoder.model_fields, *Masks.model_fields,
+        "batch_size",
     )  # fmt: skip
 
-    action: Literal["train", "memory", "mask"] | None = setting(
+    action: Literal["train", "memory", "mask", "data", "decode"] | None = setting(
         None,
-        "train: steps of pre-training, the machine's peak, MFU; memory: its peak in training; mask: drawing masks",
+        "train: steps of pre-training, the machine's peak, MFU; memory: its peak in training; mask: drawing masks; "
+        "data: what the loader delivers, and how many workers that takes; decode: from a JPEG to a crop",
     )
     batch_size: int = setting(32, "images of a step", ge=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
@@ -981,6 +984,8 @@ class Bench(Size, Autoencoder, Masks, Machine):
     vs: Names | None = setting(None, "train, memory: peers that take turns: transformers,timm-forward,lightly")
     rounds: int = setting(7, "train, mask: turns of each contender", ge=1)
     threads: int | None = setting(None, "threads of the CPU; default: torch's own choice", ge=1)
+    workers: WorkerCounts = setting([0, 1, 2], "data: numbers of loader processes to try")
+    seconds: float = setting(20.0, "data, decode: how long in all", gt=0)
     profile: Path | None = setting(None, "train: write a trace of two steps here, for chrome://tracing")
 
 

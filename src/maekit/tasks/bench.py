@@ -9,6 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,44 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from maekit.bench.contenders import Contender, ours, peer, peer_version
-from maekit.bench.machine import describe, peak, wait
+from maekit.bench.data import decode_rates, loader_rates, workers_needed
+from maekit.bench.machine import describe, peak, processor, wait
 from maekit.bench.memory import Held, Job, held
 from maekit.bench.shares import PARTS, shares
+from maekit.data.loader import Loader
+from maekit.data.sources import open_source
 from maekit.errors import MaekitError
 from maekit.model.flops import flops
 from maekit.model.mae import MaskedAutoencoder
 from maekit.model.masking import draw_masking
 from maekit.recipes import RECIPES
 from maekit.report.evaluation import aligned
-from maekit.settings import Bench, Pretrain, Settings
+from maekit.settings import Bench, Place, Pretrain, Settings, Views
 from maekit.tasks import Result
 from maekit.tasks.pretrain import new_model
 from maekit.tasks.run_folder import typed
+from maekit.tasks.training import channels_of, seen_as
 from maekit.train.device import check_compiler, resolve_device
 from maekit.train.precision import best_precision, resolve_precision
 
 log = logging.getLogger("maekit")
 
-MODEL = {*Bench.takes_only, "device", "seed", "threads"}
+PLACE, VIEWS = {*Place.model_fields} - {"recipe"}, {*Views.model_fields} - {"recipe"}
+MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS
 READS: dict[str, set[str]] = {
     "train": MODEL | {"precision", "compile", "vs", "rounds", "profile"},
     "memory": MODEL | {"precision", "vs"},
     "mask": MODEL | {"precision", "rounds"},
+    "data": MODEL | PLACE | VIEWS | {"precision", "workers", "seconds"},
+    "decode": {"data", "img_size", "seconds", "seed"},
 }
 """Settings that each action reads, beside its own name."""
 MASKS = {
     "random 75 %": ("random", 0.75), "block 50 %": ("block", 0.5), "block 75 %": ("block", 0.75),
     "grid 75 %": ("grid", 0.75), "centre 25 %": ("centre", 0.25),
 }  # fmt: skip
+MOST_FILES = 500
+"""Photographs that decoding is measured on."""
 MASKED = 256
 """Images whose masks are drawn at a time."""
 
@@ -67,7 +77,8 @@ def bench(settings: Bench | dict[str, Any]) -> Result:
     _refuse_unused(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    return {"train": _train, "memory": _memory, "mask": _mask}[settings.action](settings)
+    actions = {"train": _train, "memory": _memory, "mask": _mask, "data": _data, "decode": _decode}
+    return actions[settings.action](settings)
 
 
 def _refuse_unused(settings: Bench) -> None:
@@ -264,6 +275,65 @@ def _mask(settings: Bench) -> Result:
     }  # fmt: skip
     head = f"{settings.model}, {precision}: {step:.2f} s for a step of {MASKED} images, from {settings.batch_size}"
     return Result(metrics, "\n".join([head, *aligned(rows)]))
+
+
+def _data(settings: Bench) -> Result:
+    source = open_source(
+        _place(settings), "train-or-all", image_column=settings.image_column, label_column=settings.label_column
+    )
+    device = resolve_device(settings.device)
+    channels = channels_of(source, settings.channels)
+    model = _model(settings.model_copy(update={"channels": channels}), device)
+    precision, _ = _precision(settings, model, device)
+    view = seen_as(settings, model.img_size, channels)
+
+    def make(workers: int) -> Loader:
+        return Loader(
+            source, view, batch_size=settings.batch_size, micro_batch=settings.batch_size, seed=settings.seed,
+            mean=model.mean, std=model.std, num_noise=model.num_patches, workers=workers,
+        )  # fmt: skip
+
+    rates = loader_rates(make, settings.workers, seconds=settings.seconds)
+    trained = ours(model, settings.mask_ratio, precision, compiled=False)
+    images = _images(settings, model, device)
+    step = settings.batch_size / min(trained.seconds(images) for _ in range(4))
+    needed = workers_needed(rates, step)
+    rows: list[tuple[str, ...]] = [("loader processes", "images/s", "least to most")]
+    rows += [
+        (str(rate.workers), f"{rate.images_per_second:,.0f}", f"{rate.lowest:,.0f} to {rate.highest:,.0f}")
+        for rate in rates
+    ]
+    told = f"{needed} loader processes keep up" if needed is not None else "none of these numbers keeps up"
+    metrics: dict[str, object] = {
+        **describe(device), "images": len(source), "batch_size": settings.batch_size,
+        "images_per_second": {str(rate.workers): rate.images_per_second for rate in rates},
+        "step_images_per_second": step, "workers_needed": needed, "precision": precision,
+    }  # fmt: skip
+    lines = [*aligned(rows), f"a step of {settings.model} in {precision} takes {step:,.0f} images/s: {told}"]
+    return Result(metrics, "\n".join(lines))
+
+
+def _decode(settings: Bench) -> Result:
+    files = [file for file in sorted(Path(_place(settings)).rglob("*")) if file.suffix.lower() in (".jpg", ".jpeg")]
+    if not files:
+        raise MaekitError("E-DATA-EMPTY", f"{settings.data}", found="no .jpg or .jpeg file", expected="photographs")
+    found = decode_rates(files[:MOST_FILES], size=settings.img_size[0], seconds=settings.seconds, seed=settings.seed)
+    rows: list[tuple[str, ...]] = [("from the file to a crop", "images/s of a core", "times the first", "difference")]
+    rows += [
+        (one.pipeline, f"{one.images_per_second:,.0f}", f"{one.ratio:.2f}", f"{one.difference:.3f} levels")
+        for one in found
+    ]
+    metrics: dict[str, object] = {
+        "device": processor(), "files": len(files[:MOST_FILES]), "img_size": settings.img_size[0],
+        "pipelines": [asdict(one) for one in found],
+    }  # fmt: skip
+    return Result(metrics, "\n".join(aligned(rows)))
+
+
+def _place(settings: Bench) -> str:
+    if settings.data is None:
+        raise MaekitError("E-USAGE-DATA", "no images named", hint=f"maekit bench {settings.action} --data DIR")
+    return settings.data
 
 
 def _seconds(run: Callable[[], object], device: torch.device, times: int = 10) -> float:
