@@ -362,6 +362,12 @@ class Pretrain(Steady, Size, Views, Statistics, Autoencoder, Masks, Loop, Machin
     epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
     base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
+    repeats: int = setting(
+        1,
+        "samples of each image that is decoded: other crops, other masks (arXiv 1901.09335); the batch counts samples, "
+        "and an epoch has so many times more steps",
+        ge=1,
+    )
     checkpointing: bool = setting(
         False, "compute activations twice to save memory: encoder and decoder blocks", resume="free"
     )

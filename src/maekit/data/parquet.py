@@ -221,7 +221,9 @@ def open_parquet(
     rows = Counter[str]()
     for group in groups:
         rows[group.path] += group.num_rows
-    ids = _ids(paths, packed, rows, name)
+    ids = [f"{path.name}:{row}" for path in paths for row in range(rows[str(path)])]
+    if any(packed):
+        ids = _packed_ids(paths, packed, name)
     if shape is not None:
         counts = {str(path): rows[str(path)] for path in paths}
         return PixelSource.of(name, ids, labels, known, counts, shape, targets=targets)
@@ -244,29 +246,26 @@ def _layout(paths: Sequence[Path]) -> tuple[list[pa.Schema], list[RowGroup]]:
     return schemas, [group for group in groups if group.num_rows]
 
 
-def _ids(paths: Sequence[Path], packed: Sequence[Packed | None], rows: Counter[str], name: str) -> list[str]:
-    """Return the name of each image: its file and row, or where files are packed the source's.
+def _packed_ids(paths: Sequence[Path], packed: Sequence[Packed | None], name: str) -> list[str]:
+    """Return the names that images had in the source that was packed.
 
-    Several parts of one packed set are told apart as their folders were: ``train/...``, ``val/...``.
+    Several parts of one set are told apart as their folders were: ``train/...``, ``val/...``.
 
     Raises:
-        MaekitError: E-DATA-COLUMN for files that were packed otherwise than the first, or have no ids.
+        MaekitError: E-DATA-COLUMN for files that were not packed together, or have no ids.
     """
-    if any((one and one.pixels) != (packed[0] and packed[0].pixels) for one in packed):
-        raise MaekitError("E-DATA-COLUMN", f"{name}", found="files that were packed in several ways",
+    if any(one is None or one.pixels != (packed[0] and packed[0].pixels) for one in packed):
+        raise MaekitError("E-DATA-COLUMN", f"{name}", found="files that were packed in several ways, or not at all",
                           expected="those of one maekit pack")  # fmt: skip
     ids = list[str]()
-    several = len({one.part for one in packed if one is not None}) > 1
+    parts = {one.part for one in packed if one is not None}
     for path, one in zip(paths, packed, strict=True):
-        if one is None:
-            ids += [f"{path.name}:{row}" for row in range(rows[str(path)])]
-            continue
         with _from("E-DATA-COLUMN", f"cannot read the ids of {path}"):
             found = pq.read_table(path, columns=["id"]).column(0).to_pylist()
         if not all(type(each) is str for each in found):
             raise MaekitError("E-DATA-COLUMN", f"ids of {path}", found="a row without text", expected="a name each")
-        ids += [f"{one.part}/{each}" for each in found] if several else found
-    if any(packed) and len(set(ids)) < len(ids):
+        ids += [f"{one.part}/{each}" for each in found] if one is not None and len(parts) > 1 else found
+    if len(set(ids)) < len(ids):
         twice = next(each for each, count in Counter(ids).items() if count > 1)
         raise MaekitError("E-DATA-COLUMN", f"ids of {name}", found=f"{twice} twice", expected="each once")
     return ids

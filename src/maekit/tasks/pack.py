@@ -204,7 +204,8 @@ def _job(settings: Pack, way: Way, sources: dict[str, Source]) -> Job:
 
 def _labels(source: Source) -> str:
     """Return a digest of classes and labels; tags and numbers are in the fingerprint of the images."""
-    return hashlib.sha256(json.dumps([source.classes, source.labels]).encode("utf-8", "surrogatepass")).hexdigest()
+    labels = None if source.labels is None else list(map(int, source.labels))
+    return hashlib.sha256(json.dumps([source.classes, labels]).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _finished(out: Path, job: Job) -> dict[str, Any] | None:
