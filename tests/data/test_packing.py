@@ -90,6 +90,17 @@ def test_grey_stays_grey_and_arrays_stay_arrays() -> None:
         pack_image(file.getvalue(), Way("raw", 90, None, False, None, False), "x")
 
 
+def test_what_a_format_cannot_hold_is_a_bad_image() -> None:
+    wide = photo(4, 17_000)
+    for form, found in (("webp", "cannot encode x"), ("jpeg", None)):
+        way = Way(form, 90, None, False, None, recompress=True)  # type: ignore[arg-type]
+        if found is None:
+            assert pack_image(wide, way, "x").size
+            continue
+        with pytest.raises(MaekitError, match=found):
+            pack_image(wide, way, "x")
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
@@ -165,6 +176,13 @@ def test_files_packed_in_several_ways_are_refused(tmp_path: Path) -> None:
     packed(tmp_path / "packed", source)
     packed(tmp_path / "packed", source, Way("raw", 90, 16, True, None, False), rows=2, part="other")
     with pytest.raises(MaekitError, match="several ways"):
+        open_source(tmp_path / "packed")
+    for file in (tmp_path / "packed").glob("other*"):
+        file.unlink()
+    pq.write_table(
+        pa.table({"image": [source.read(0)], "label": [0], "label_name": ["a"]}), tmp_path / "packed/other.parquet"
+    )
+    with pytest.raises(MaekitError, match="or not at all"):
         open_source(tmp_path / "packed")
 
 

@@ -205,6 +205,18 @@ def test_other_settings_and_other_images_are_refused(pack: Run, flat: Path, tmp_
         pack(flat, out=tmp_path / "data/00.png")
 
 
+@pytest.mark.parametrize(
+    "said", ["", "{", "[]", "3", '{"about": 3}', '{"about": {"way": []}}', '{"about": {"way": {}}}']
+)
+def test_a_pack_json_that_is_none_is_no_packed_set(pack: Run, flat: Path, tmp_path: Path, said: str) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/pack.json").write_text(said)
+    with pytest.raises(MaekitError, match=r"E-CONFIG-OUT.*files that are no packed data"):
+        pack(flat)
+    (tmp_path / "packed").rename(tmp_path / ".packed.parts")
+    assert pack(flat)["images"] == 40
+
+
 def test_unreadable_images_are_skipped_and_listed_or_stop(
     pack: Run, flat: Path, tmp_path: Path, arm: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,6 +271,8 @@ def test_wrong_settings_are_refused_and_leave_nothing(flat: Path, tmp_path: Path
 def test_out_is_not_among_the_images(pack: Run, classes: Path) -> None:
     with pytest.raises(MaekitError, match=r"E-CONFIG-OUT.*a place in --data"):
         pack(classes, out=classes / "packed")
+    with pytest.raises(MaekitError, match=r"E-CONFIG-OUT.*no packed data"):
+        pack(classes, out="..")
 
 
 def test_the_space_that_is_asked_for_is_about_what_is_taken(pack: Run, tmp_path: Path) -> None:

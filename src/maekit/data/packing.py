@@ -105,7 +105,11 @@ def pack_image(data: bytes | Tensor, way: Way, name: str) -> Piece:
         return Piece(np.ascontiguousarray(wanted.permute(1, 2, 0).numpy()), before, kept=False, noise=0.0)
     if isinstance(data, bytes) and wanted is image and not way.recompress:
         return Piece(data, before, kept=True, noise=0.0)
-    encoded = encode(wanted, way)
+    try:
+        encoded = encode(wanted, way)
+    except (OSError, ValueError) as error:  # a JPEG has at most 65500 pixels a side, a WebP 16383
+        raise MaekitError("E-DATA-IMAGE", f"cannot encode {name}", found=f"{tuple(wanted.shape[1:])}: {error}",
+                          hint="--format png") from error  # fmt: skip
     again = read_image(encoded, channels=len(wanted), name=f"{name}, packed")
     return Piece(encoded, before, kept=False, noise=_noise(wanted, again))
 

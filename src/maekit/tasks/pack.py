@@ -46,6 +46,8 @@ FILE = "pack.json"
 """In OUT: what was packed and how, and the SHA-256 of every file. In the unfinished folder: what is being packed."""
 SHARD_BYTES = 2**27
 """Bytes of a file, about; so much is done again after a kill, and two or three times as much is in memory."""
+MOST_IN_SHARD = 2**15
+"""Images of a file of tiny ones."""
 LOOKED_AT = 64
 """Images that are packed beforehand, to know how large it will be."""
 MARGIN = 1.05
@@ -137,10 +139,10 @@ def pack(settings: Pack | dict[str, Any]) -> Result:
     settings = typed(Pack, settings)
     _check(settings)
     assert settings.data is not None and settings.out is not None
+    out = settings.out if settings.out.name not in ("", "..") else settings.out.resolve()
     way = Way(settings.format, settings.quality, settings.short_side, settings.square, settings.channels,
               settings.recompress)  # fmt: skip
-    out = settings.out
-    if (known := _read(Path(settings.data) / FILE)) and known.get("about", {}).get("way") == asdict(way):
+    if (known := _read(Path(settings.data) / FILE, result=dict)) and known["about"]["way"] == asdict(way):
         return Result(known["result"], f"{settings.data} is packed in this way: nothing to do")
     job = _job(settings, way, _sources(settings))
     if (found := _finished(out, job)) is not None:
@@ -153,7 +155,7 @@ def pack(settings: Pack | dict[str, Any]) -> Result:
     with alone(folder), Signals("stopping") as signals, _one_thread():
         try:
             with full_disk_stops(out, lambda: any(folder.glob("*.parquet"))):
-                return _packed(settings, job, folder, signals)
+                return _packed(settings, job, folder, out, signals)
         finally:
             if folder.exists() and not any(folder.glob("*.parquet")):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -216,7 +218,7 @@ def _finished(out: Path, job: Job) -> dict[str, Any] | None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    known = _read(out / FILE)
+    known = _read(out / FILE, result=dict)
     if known is None:
         raise MaekitError(
             "E-CONFIG-OUT", f"--out {out}", found="a file" if out.is_file() else "files that are no packed data",
@@ -236,9 +238,9 @@ def _same(where: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if before == now:
         return
     told = [
-        f"{name} {spell(before.get('way', {}).get(name))} -> {spell(value)}"
+        f"{name} {spell(before['way'].get(name))} -> {spell(value)}"
         for name, value in now["way"].items()
-        if before.get("way", {}).get(name) != value
+        if before["way"].get(name) != value
     ]
     told += [f"{name} {before.get(name)} -> {now[name]}" for name in ("shard_images", "task")
              if before.get(name) != now[name]]  # fmt: skip
@@ -248,13 +250,14 @@ def _same(where: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Return what a file of this verb says, None if it is none."""
+def _read(file: Path, **needs: type) -> dict[str, Any] | None:
+    """Return what a file of this verb says, None if it is none or lacks one of `needs`."""
     try:
         known = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        right = isinstance(known["about"]["way"], dict) and all(type(known[name]) is one for name, one in needs.items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return known if isinstance(known, dict) and isinstance(known.get("about"), dict) else None
+    return known if right else None
 
 
 @contextlib.contextmanager
@@ -284,14 +287,17 @@ def _planned(settings: Pack, job: Job, folder: Path) -> Job:
     Raises:
         MaekitError: E-CONFIG-RUN if other work is in the folder, E-ENV-DISK if there is no room for this.
     """
-    known = _read(folder / FILE)
+    begun = any(folder.glob("*.parquet"))
+    known = _read(folder / FILE, rows=int, each=float) if begun else None
     if known is not None:
         _same(folder, known["about"], job.about)
-        rows, shape, each = known["rows"], known["shape"], known["each"]
+        rows, shape, each = known["rows"], known.get("shape"), known["each"]
     else:
         first, each = _looked_at(job)
         shape = first.data.shape if first is not None and not isinstance(first.data, bytes) else None
-        rows = settings.shard_images if settings.shard_images != "auto" else max(1, int(SHARD_BYTES / each))
+        rows = settings.shard_images
+        if rows == "auto":
+            rows = min(MOST_IN_SHARD, max(1, int(SHARD_BYTES / each)))
         text = json.dumps({"about": job.about, "rows": rows, "shape": shape, "each": each}, indent=1)
         write_whole(folder / FILE, text.encode())
     shards = [shard for part, one in job.sources.items() for shard in cut(part, len(one), rows)]
@@ -331,13 +337,12 @@ def _room(job: Job, folder: Path, there: int) -> None:
 # ------------------------------------------------------------------------------------------------------ packing
 
 
-def _packed(settings: Pack, job: Job, folder: Path, signals: Signals) -> Result:
+def _packed(settings: Pack, job: Job, folder: Path, out: Path, signals: Signals) -> Result:
     """Write the shards that are missing; give the folder its name when all are there."""
-    assert settings.out is not None
-    if (known := _read(folder / FILE)) is not None and "result" in known:  # killed just before the end
+    if (known := _read(folder / FILE, result=dict)) is not None:  # killed just before the end
         _same(folder, known["about"], job.about)
-        _take_place(folder, settings.out)
-        return Result({**known["result"], "out": str(settings.out)}, f"{settings.out} is complete")
+        _take_place(folder, out)
+        return Result({**known["result"], "out": str(out)}, f"{out} is complete")
     job = _planned(settings, job, folder)
     bad = BadImages(job.names, settings.bad_images, looked_at=LIMIT, file=folder / BAD_FILES)
     (folder / BAD_FILES).unlink(missing_ok=True)
@@ -348,13 +353,13 @@ def _packed(settings: Pack, job: Job, folder: Path, signals: Signals) -> Result:
     ranges = [shard.rows for shard in job.shards]
     progress = Progress("pack", ranges, set(records))
     if not _write_missing(job, folder, records, bad, progress, signals, _threads(settings)):
-        return stopped_after(sum(len(ranges[n]) for n in records), job.images, signals, out=str(settings.out))
+        return stopped_after(sum(len(ranges[n]) for n in records), job.images, signals, out=str(out))
     progress.close()
-    result = _told(settings, job, records, progress)
+    result = _told(out, job, records, progress)
     files = [name for n in sorted(records) for name in records[n]["files"].items()]
     text = json.dumps({"about": job.about, "result": result.metrics, "files": dict(files)}, indent=1)
     write_whole(folder / FILE, text.encode())
-    _take_place(folder, settings.out)
+    _take_place(folder, out)
     return result
 
 
@@ -504,7 +509,7 @@ def _take_place(folder: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ telling
 
 
-def _told(settings: Pack, job: Job, records: dict[int, dict[str, Any]], progress: Progress) -> Result:
+def _told(out: Path, job: Job, records: dict[int, dict[str, Any]], progress: Progress) -> Result:
     total, parts = Counts(), dict.fromkeys(job.sources, 0)
     for number in sorted(records):
         counts = Counts(**records[number]["counts"])
@@ -512,7 +517,7 @@ def _told(settings: Pack, job: Job, records: dict[int, dict[str, Any]], progress
         parts[job.shards[number].part] += counts.images
     done = progress.total - progress.first
     metrics: dict[str, Any] = {
-        "out": str(settings.out),
+        "out": str(out),
         "images": total.images,
         "parts": parts,
         "files": len(job.shards),
@@ -530,10 +535,10 @@ def _told(settings: Pack, job: Job, records: dict[int, dict[str, Any]], progress
     quality = "no pixel changed" if total.psnr is None else f"PSNR {total.psnr:.1f} dB on average"
     share = f" ({total.after / total.before:.0%})" if total.before else ""
     lines = [
-        f"{settings.out}: {total.images:,} images{named} in {len(job.shards):,} files{skipped}",
+        f"{out}: {total.images:,} images{named} in {len(job.shards):,} files{skipped}",
         f"{_bytes(total.before)} -> {_bytes(total.after)}{share}; {total.kept:,} kept byte for byte, "
         f"{total.images - total.kept:,} encoded as {form}: {quality}",
-        f"{metrics['images_per_second']:,.0f} images a second; take it as --data {settings.out}",
+        f"{metrics['images_per_second']:,.0f} images a second; take it as --data {out}",
     ]
     return Result(metrics, "\n".join(lines))
 
