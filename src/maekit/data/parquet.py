@@ -221,9 +221,10 @@ def open_parquet(
     rows = Counter[str]()
     for group in groups:
         rows[group.path] += group.num_rows
-    ids = [f"{path.name}:{row}" for path in paths for row in range(rows[str(path)])]
     if any(packed):
         ids = _packed_ids(paths, packed, name)
+    else:
+        ids = [f"{path.name}:{row}" for path in paths for row in range(rows[str(path)])]
     if shape is not None:
         counts = {str(path): rows[str(path)] for path in paths}
         return PixelSource.of(name, ids, labels, known, counts, shape, targets=targets)
@@ -261,7 +262,7 @@ def _packed_ids(paths: Sequence[Path], packed: Sequence[Packed | None], name: st
     parts = {one.part for one in packed if one is not None}
     for path, one in zip(paths, packed, strict=True):
         with _from("E-DATA-COLUMN", f"cannot read the ids of {path}"):
-            found = pq.read_table(path, columns=["id"]).column(0).to_pylist()
+            found = _table(path, ["id"]).column(0).to_pylist()
         if not all(type(each) is str for each in found):
             raise MaekitError("E-DATA-COLUMN", f"ids of {path}", found="a row without text", expected="a name each")
         ids += [f"{one.part}/{each}" for each in found] if one is not None and len(parts) > 1 else found
@@ -341,7 +342,7 @@ def _labels(
         return None, None  # Hugging Face's way to say that a split has no labels
     if beside is not None:
         names = [str(value) for value in names_beside[0]]
-        first = dict(sorted(zip(values, names, strict=True), reverse=True))
+        first = dict(sorted(set(zip(values, names, strict=True)), reverse=True))
         return number(names, list(dict.fromkeys([*(first[v] for v in sorted(first)), *in_order(names)])), classes, name)
     if (spelled := _huggingface_names(schema, column)) is not None:
         names = [_spelled(value, spelled, f"{name} row {row}") for row, value in enumerate(values)]
@@ -353,8 +354,23 @@ def _labels(
 def _read(paths: Sequence[Path], columns: list[str], name: str) -> list[list[Any]]:
     """Return the values of each column."""
     with _from("E-DATA-COLUMN", f"cannot read the labels of {name}"):
-        table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
-        return [table.column(column).to_pylist() for column in columns]
+        table = pa.concat_tables([_table(path, columns) for path in paths])
+        return [_plain(table.column(column)) for column in columns]
+
+
+def _table(path: Path, columns: list[str]) -> pa.Table:
+    """Return columns of a file; of many small row groups in a quarter of the time of `pq.read_table`."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=columns, use_threads=False).select(columns)
+
+
+def _plain(values: pa.ChunkedArray) -> list[Any]:
+    """Return the values; equal texts are one object."""
+    if not (kind_of.is_string(values.type) or kind_of.is_large_string(values.type)) or values.null_count:
+        return values.to_pylist()
+    texts = values.combine_chunks().dictionary_encode()
+    known = texts.dictionary.to_pylist()
+    return [known[index] for index in texts.indices.to_pylist()]
 
 
 def _targets(
