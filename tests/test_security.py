@@ -149,8 +149,11 @@ def test_images_are_decoded_behind_one_door() -> None:
         r"import (cv2|imageio|skimage|torchcodec|torchvision\.io).*",
         r"torchvision\.io.*",
     )
-    # report/scored.py: matplotlib's own drawing, made a moment before; tasks/same_data.py: sums of its own
-    assert holders(*decoders) == {"data/image.py", "report/scored.py", "tasks/same_data.py"}
+    # report/scored.py: matplotlib's own drawing, made a moment before; tasks/same_data.py: sums of its own;
+    # data/packing.py encodes
+    assert holders(*decoders) == {"data/image.py", "data/packing.py", "report/scored.py", "tasks/same_data.py"}
+    found = {name for name, _ in USES["data/packing.py"] if any(re.fullmatch(one, name) for one in decoders)}
+    assert found == {"import simplejpeg", "simplejpeg", "simplejpeg.encode_jpeg", "simplejpeg.encode_jpeg()"}
     # and all that look at images come through it: training, evaluation, embed, reconstruct, predict, maekit data
     assert holders(r"maekit\.data\.image\.read_image") >= {
         "data/samples.py",

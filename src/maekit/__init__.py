@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Inspect,
         Knn,
         Lowshot,
+        Pack,
         Partial,
         Pca,
         Predict,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from maekit.tasks.inspect import inspect
     from maekit.tasks.knn import knn
     from maekit.tasks.lowshot import lowshot
+    from maekit.tasks.pack import pack
     from maekit.tasks.partial import partial
     from maekit.tasks.pca import pca
     from maekit.tasks.predict import predict
@@ -76,6 +78,7 @@ __all__ = [
     "Lowshot",
     "MaekitError",
     "MaskedAutoencoder",
+    "Pack",
     "Partial",
     "Pca",
     "Predict",
@@ -103,6 +106,7 @@ __all__ = [
     "load_classifier",
     "load_model",
     "lowshot",
+    "pack",
     "partial",
     "pca",
     "predict",
@@ -134,6 +138,7 @@ _HOMES = {
         "Inspect",
         "Knn",
         "Lowshot",
+        "Pack",
         "Partial",
         "Pca",
         "Predict",
@@ -157,6 +162,7 @@ _HOMES = {
     "maekit.tasks.inspect": ("inspect",),
     "maekit.tasks.knn": ("knn",),
     "maekit.tasks.lowshot": ("lowshot",),
+    "maekit.tasks.pack": ("pack",),
     "maekit.tasks.partial": ("partial",),
     "maekit.tasks.pca": ("pca",),
     "maekit.tasks.predict": ("predict",),

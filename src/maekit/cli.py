@@ -200,6 +200,15 @@ VERBS: dict[str, Verb] = {
     "data": Verb(
         settings.Data, "maekit.tasks.data", "run", ("maekit data my_photos", "maekit data builtin:fashion --json")
     ),
+    "pack": Verb(
+        settings.Pack,
+        "maekit.tasks.pack",
+        "pack",
+        (
+            "maekit pack my_photos --out packed",
+            "maekit pack my_small_images --format raw --short-side 32 --square --out packed",
+        ),
+    ),
     "convert": Verb(
         settings.Convert,
         "maekit.tasks.convert",

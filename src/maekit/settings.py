@@ -178,7 +178,7 @@ class Images(Place):
     )
 
 
-class Reading(Images):
+class Faults(Images):
     """Images"""
 
     bad_images: Literal["skip", "stop"] = setting(
@@ -186,6 +186,11 @@ class Reading(Images):
         "unreadable images: skip up to 5 or 1 % of those seen and take the next, or stop at the first",
         resume="free",
     )
+
+
+class Reading(Faults):
+    """Images"""
+
     read_timeout: float = setting(
         120.0,
         "seconds for one image; a loader process that takes longer is killed, its batch done again, the second time "
@@ -383,6 +388,12 @@ class Pretrain(Steady, Size, Views, Statistics, Autoencoder, Masks, Loop, Machin
     epochs: float | None = setting(800, "length of the schedule in passes over the data (T8)", gt=0)
     base_lr: float | None = setting(1.5e-4, "learning rate per 256 images (T8)", gt=0)
     drop_path: float = setting(0.0, "stochastic depth of the encoder (the paper uses none)", ge=0, lt=1)
+    repeats: int = setting(
+        1,
+        "samples of each image that is decoded: other crops, other masks (arXiv 1901.09335); the batch counts samples, "
+        "and an epoch has so many times more steps",
+        ge=1,
+    )
     checkpointing: bool = setting(
         False, "compute activations twice to save memory: encoder and decoder blocks", resume="free"
     )
@@ -862,6 +873,38 @@ class Data(Place):
     channels: int | None = setting(None, "channels per image; default: 3, or what .npy arrays hold", ge=1, le=4096)
 
     positional: ClassVar[tuple[str, ...]] = ("data",)
+
+
+class Pack(Faults):
+    """Write a data set once as something that reads fast: resized images in parquet files."""
+
+    positional: ClassVar[tuple[str, ...]] = ("data",)
+
+    workers: AutoWorkers = setting(
+        "auto", "threads that decode and encode; any number gives the same bytes; auto: one a core", resume="free"
+    )
+    format: Literal["jpeg", "webp", "png", "raw"] = setting(
+        "jpeg",
+        "of what is encoded; png: no pixel changes; raw: arrays of one size, mapped into memory (small images)",
+    )
+    quality: int = setting(90, "of jpeg and webp; jpeg from 95 on keeps colours at full resolution", ge=1, le=100)
+    short_side: int | None = setting(
+        256,
+        "largest shorter side in pixels: larger images are resized, none is enlarged; none: as they are; 501 keeps the "
+        "pixels of crops of 20 % of the area for 224 px",
+        ge=4,
+    )
+    square: bool = setting(False, "cut the centre square out")
+    channels: int | None = setting(
+        None, "channels of what is encoded, 1: grey; default: 3, or what .npy arrays hold", ge=1, le=4096
+    )
+    recompress: bool = setting(False, "encode small enough images too; default: they stay the files they are")
+    task: Literal["classes", "multilabel", "regression"] = setting(
+        "classes", "what --label-column holds: a class, tags or numbers, as for finetune"
+    )
+    label_separator: str = setting("|", "multilabel: what stands between the names in one cell, as cat|dog")
+    shard_images: AutoCount = setting("auto", "images of a file; auto: about 128 MB of them")
+    out: Path | None = setting(None, "folder that is made; one that was stopped is gone on with", resume="free")
 
 
 class Unsaid(Settings):

@@ -375,3 +375,71 @@ def test_dct_scaling_changes_large_jpeg_a_little_and_nothing_else(source: Source
     for a, b in zip(plain, scaled, strict=True):
         assert torch.equal(a["noise"], b["noise"]) and not torch.equal(a["images"], b["images"])
         assert (a["images"] - b["images"]).abs().mean() < 0.1  # of a deviation of 1
+
+
+# ------------------------------------------------------------------------------------- several samples of an image
+
+
+class Counted(DatasetSource):
+    """Counts what is read."""
+
+    def read(self, i: int) -> Tensor:
+        self.dataset.reads.append(i)
+        return super().read(i)
+
+
+class Pictures(list[Tensor]):
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        super().__init__(torch.randint(256, (3, 16, 18), generator=generator, dtype=torch.uint8) for _ in range(count))
+        self.reads: list[int] = []
+
+
+def test_an_epoch_of_repeats_reads_every_image_once_and_makes_so_many_samples_of_it() -> None:
+    pictures = Pictures(10)
+    found = loader(Counted(pictures), repeats=4, drop_last=False)
+    assert found.steps_per_epoch == 5 and [found.sizes(step) for step in range(5)] == [(8, 8)] * 5
+    batches = whole(found.steps(0, 5))
+    for batch in batches:  # all samples of an image in one batch
+        assert sorted(batch["ids"].unique(return_counts=True)[1].tolist()) == [4, 4]
+    assert sorted(pictures.reads) == list(range(10))
+    samples, noise = (torch.cat([batch[name] for batch in batches]) for name in ("images", "noise"))
+    assert len({each.numpy().tobytes() for each in samples}) == len(noise.unique(dim=0)) == 40
+    # the first sample of each image is the one that it has without repeats
+    once = join(
+        [{**batch, "step": torch.tensor(0)} for batch in whole(loader(Counted(pictures), drop_last=False).steps(0, 2))]
+    )
+    for image, label_noise, index in zip(once["images"], once["noise"], once["ids"], strict=True):
+        ids = torch.cat([batch["ids"] for batch in batches])
+        mine = (ids == index).nonzero().flatten()
+        assert torch.equal(samples[mine[0]], image) and torch.equal(noise[mine[0]], label_noise)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 8])
+def test_repeats_are_the_same_however_they_are_cut_and_shared_out_and_wherever_one_begins(
+    source: Source, cut: int
+) -> None:
+    reference = whole(loader(source, repeats=2).steps(0, 12))
+    assert len(reference) == 12 and loader(source, repeats=2).steps_per_epoch == 5
+    assert same(whole(loader(source, repeats=2, micro_batch=cut).steps(0, 12)), reference)
+    assert same(whole(loader(source, repeats=2, micro_batch=cut).steps(7, 12)), reference[7:])
+    shares = [whole(loader(source, repeats=2, micro_batch=cut, rank=r, world=2).steps(0, 12)) for r in range(2)]
+    joined = [join([{**part, "step": pair[0]["step"]} for part in pair]) for pair in zip(*shares, strict=True)]
+    assert same(joined, reference)
+
+
+def test_repeats_are_the_same_with_workers_and_around_an_image_that_cannot_be_read(
+    source: Source, tmp_path: Path
+) -> None:
+    broken = source.subset(range(COUNT))
+    assert isinstance(broken.keys[3], str)
+    root = tmp_path / "images"
+    for i in range(COUNT):
+        place = root / broken.ids[i]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"" if i == 3 else bytes(source.read(i)))  # type: ignore[arg-type]
+    broken = open_source(root)
+    here = whole(loader(broken, repeats=2, micro_batch=3).steps(0, 6))
+    assert same(whole(loader(broken, repeats=2, micro_batch=3, workers=2).steps(0, 6)), here)
+    ids = torch.cat([batch["ids"] for batch in here[:5]])
+    assert (ids == 3).sum() == 0 and (ids == 4).sum() in (2, 4)  # the next one stands in for both

@@ -549,3 +549,18 @@ def test_too_many_unreadable_images_stop_before_the_first_step(
     with pytest.raises(MaekitError) as caught:
         package.pretrain({**tiny, "data": str(data), "out": tmp_path / "run"})
     assert caught.value.code == "E-DATA-BAD" and caught.value.exit_code == 3 and not (tmp_path / "run").exists()
+
+
+def test_repeats_go_on_to_the_same_bits_and_the_batch_is_divisible(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**tiny, "data": str(flat), "repeats": 4}
+    whole = package.pretrain({**settings, "out": tmp_path / "whole"})
+    package.pretrain({**settings, "out": tmp_path / "run", "stop_at": 5})
+    again = package.pretrain({**settings, "out": tmp_path / "run"})
+    assert again.metrics["state_sha256"] == whole.metrics["state_sha256"]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["epoch"] == 12 / 20  # 40 images, 4 samples of each, batches of 8
+    with pytest.raises(MaekitError, match=r"E-CONFIG-BATCH.*--batch-size 9"):
+        package.pretrain({**settings, "out": tmp_path / "wrong", "repeats": 3})
+    assert not (tmp_path / "wrong").exists()

@@ -6,6 +6,9 @@ micro-batches. So the number of workers, the number of processes and the step at
 sample and no mask; a position is one number, the step. One pool of workers serves the whole run: they start once,
 not once per epoch (`maekit.data.workers`). Pictures that all fit into memory are decoded once (`maekit.data.decoded`).
 
+With `repeats` an epoch decodes every image once and makes so many samples of it, which lie in the same global batch
+(`maekit.data.samples`); sizes and positions count samples, so an epoch has as many times more steps.
+
 An incomplete global batch at the end of an epoch is trained short, or with `drop_last` dropped (as in the official
 recipes); a set smaller than one batch is one short batch per epoch in any case.
 """
@@ -91,6 +94,7 @@ class Loader:
         masks: gives each sample its "scores" (N,); an image whose mask cannot be read is an unreadable image.
         decoded_bytes: pictures are decoded once and stay in memory if all together take no more.
         dct_scaling: large JPEG are decoded no larger than the view, which says so, makes use of (`read_image`).
+        repeats: samples of each image in an epoch; must divide `batch_size`.
     """
 
     def __init__(
@@ -116,19 +120,23 @@ class Loader:
         looked_at: int = 0,
         decoded_bytes: int = 0,
         dct_scaling: bool = False,
+        repeats: int = 1,
     ) -> None:
         self.source, self.seed, self.workers, self.read_timeout = source, seed, workers, read_timeout
-        self.batch_size = min(batch_size, len(source))
+        assert batch_size % repeats == 0 or batch_size > repeats * len(source)
+        self.repeats = repeats
+        self.batch_size = min(batch_size, repeats * len(source))
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.device = torch.device(device)
         decoded = room_for(len(source), decoded_bytes)
         enough = getattr(view, "enough", None) if dct_scaling else None
         self.samples = Samples(source, view, len(mean), seed, num_noise, masks, decoded, enough)
+        self.samples.repeats = repeats
         shape = (1, len(mean), 1, 1)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(shape)
         self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(shape)
         self.bad = BadImages(source.ids, bad_images, looked_at=looked_at, file=bad_log)
-        self.steps_per_epoch = steps_per_epoch(len(source), batch_size, drop_last)
+        self.steps_per_epoch = steps_per_epoch(repeats * len(source), batch_size, drop_last)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._said = False
 
@@ -143,7 +151,7 @@ class Loader:
         """Return epoch, first and end of the global batch in its order, and that batch's size."""
         epoch, at = divmod(step, self.steps_per_epoch)
         first = at * self.batch_size
-        end = min(first + self.batch_size, len(self.source))
+        end = min(first + self.batch_size, self.repeats * len(self.source))
         return epoch, first, end, end - first
 
     def sizes(self, step: int) -> tuple[int, int]:
@@ -152,12 +160,14 @@ class Loader:
         return whole, (self.rank + 1) * whole // self.world - self.rank * whole // self.world
 
     def parts(self, step: int) -> list[list[Key]]:
-        """Return this process's micro-batches of `step`, as lists of (epoch, index).
+        """Return this process's micro-batches of `step`, as lists of (epoch, number of the sample).
 
         At least one of one image: where the share is empty it is another process's, to be weighed with 0.
         """
         epoch, start, end, whole = self._share(step)
-        chosen = self.order(epoch)[start:end].tolist()
+        chosen = self.order(epoch)[start // self.repeats : end // self.repeats].tolist()
+        if self.repeats > 1:
+            chosen = [index + k * len(self.source) for index in chosen for k in range(self.repeats)]
         first, last = self.rank * whole // self.world, (self.rank + 1) * whole // self.world
         mine = [(epoch, index) for index in chosen[first:last] or chosen[:1]]
         return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]

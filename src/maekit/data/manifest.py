@@ -23,6 +23,7 @@ from torch import Tensor
 from maekit.data.columns import Names, Numbers
 from maekit.data.masks import Masks
 from maekit.data.parquet import ParquetSource
+from maekit.data.pixels import PixelSource
 from maekit.data.source import Source, read_regular_file
 from maekit.errors import MaekitError
 
@@ -156,9 +157,8 @@ def _rows_of(part: str, source: Source) -> list[pa.Table]:
         labels = pa.array(source.classes, pa.string()).take(pa.array(np.asarray(source.labels)))
     elif source.targets is not None:
         labels = [" ".join(map(repr, row)) for row in source.targets.values.tolist()]
-    if isinstance(source, ParquetSource):
-        names = [Path(path).name for path in dict.fromkeys(group.path for group in source.groups)]
-        files = _table(f"{part} files", names, source.sizes())
+    if isinstance(source, ParquetSource | PixelSource):
+        files = _table(f"{part} files", [Path(path).name for path in source.files], source.sizes())
         return [_table(part, source.ids, None, labels), files]
     return [_table(part, source.ids, source.sizes(), labels)]
 

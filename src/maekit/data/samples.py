@@ -4,6 +4,11 @@ Every sample is a function of (seed, epoch, index): the random generators are se
 mask's noise, the crop and the flip are drawn. What cannot be read is replaced by the next readable image, so every
 number of workers sees the same; errors of a file system that may pass (a share that is away for a moment) are tried
 again first.
+
+With `repeats` an image that was decoded once gives several samples (repeated augmentation, Hoffer et al., arXiv
+1901.09335): sample number index + k * images is the k-th of image `index`, a function of (seed, epoch, number). Those
+of one image lie side by side in a batch, and what was decoded last is kept for them; where they are cut apart it is
+decoded again.
 """
 
 import errno
@@ -43,7 +48,7 @@ PASSING = frozenset(
 """Errors of a file system that may be gone when one tries again."""
 
 Key = tuple[int, int]
-"""Epoch and index."""
+"""Epoch and number of the sample: the image's index, plus the number of images for each further sample of it."""
 Bad = tuple[int, str]
 """Index of an unreadable image, and what is wrong with it."""
 View = Callable[[Tensor], Tensor]
@@ -73,7 +78,10 @@ class Samples(Dataset[dict[str, Any]]):
         seat: where a loader process says what it is at; None in the main process.
         decoded: pictures that need not be read again; None: all are.
         enough: as in `read_image`.
+        repeats: samples of each image; of several, the image that was decoded last is kept.
     """
+
+    repeats = 1
 
     def __init__(
         self,
@@ -91,6 +99,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.given_up: dict[int, str] = {}
         self.seat: Seat | None = None
         self._waited_for: set[int] = set()
+        self._last: tuple[int, tuple[Tensor, Tensor | None, int, list[Bad]]] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -104,7 +113,7 @@ class Samples(Dataset[dict[str, Any]]):
 
     def _sample(self, epoch: int, wanted: int) -> dict[str, Any]:
         try:
-            image, scores, index, bad = self._readable(wanted)
+            image, scores, index, bad = self._decoded_once(wanted % len(self.source))
         except MaekitError as error:  # as an item: an exception of more than one argument cannot leave a worker
             return {"stop": (error.code, str(error.args[0]))}
         seed_cpu(self.seed, epoch, wanted)
@@ -116,6 +125,14 @@ class Samples(Dataset[dict[str, Any]]):
         if scores is not None:
             item["scores"] = scores
         return item
+
+    def _decoded_once(self, index: int) -> tuple[Tensor, Tensor | None, int, list[Bad]]:
+        """Return what `_readable` does; of several samples of one image that is read once."""
+        if self.repeats == 1:
+            return self._readable(index)
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._readable(index)
+        return self._last[1]
 
     def _readable(self, index: int) -> tuple[Tensor, Tensor | None, int, list[Bad]]:
         """Return image `index` or the next one that can be read, its scores and index, and those passed over."""

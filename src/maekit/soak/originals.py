@@ -23,10 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from torch import Tensor
 
 from maekit.config import dump_yaml, resolve
 from maekit.data.image import MAX_PIXELS, num_frames, read_image
 from maekit.data.masks import open_masks
+from maekit.data.parquet import PACKED, Packed
+from maekit.data.pixels import PixelSource
 from maekit.data.sources import Form, open_source
 from maekit.errors import MaekitError
 from maekit.interchange.files import read_file
@@ -161,6 +164,9 @@ def _open(data: bytes, folder: Path, file: str, form: Form | None = None) -> Non
     for i in range(min(len(source), 4)):
         with contextlib.suppress(MaekitError):
             content = source.read(i)
+            if isinstance(source, PixelSource):
+                assert isinstance(content, Tensor) and content.dtype == torch.uint8
+                continue
             assert isinstance(content, bytes), type(content)
             read_image(content, name=source.ids[i])
     source.fingerprint()
@@ -175,6 +181,10 @@ def tables() -> list[Original]:
     tagged = pa.table({"jpg": [picture] * 3, "label": [["a"], ["a", "b"], []], "thumb": [b"x"] * 3})
     worded = pa.table({"img": [picture] * 3, "class": pa.array(["a", "b", "a"]).dictionary_encode()})
     nested = nested.replace_schema_metadata({"huggingface": json.dumps(names)})
+    named = pa.table({"id": ["a/1.png", "a/2.png", "b/3.png"], "image": [picture] * 3, "label": [0, 0, 1]})
+    named = named.replace_schema_metadata({PACKED: Packed("train").to_json()})
+    beside = named.drop_columns(["image"]).replace_schema_metadata({PACKED: Packed("train", (4, 5, 3)).to_json()})
+    pixels = _array(np.zeros((3, 4, 5, 3), np.uint8))
     none: Any = "none"
 
     def read(data: bytes, folder: Path) -> None:
@@ -183,18 +193,29 @@ def tables() -> list[Original]:
     def read_tags(data: bytes, folder: Path) -> None:
         _open(data, folder, "mutant.parquet", Form("multilabel"))
 
+    def read_beside(data: bytes, folder: Path) -> None:
+        (folder / "mutant.npy").write_bytes(pixels)
+        _open(data, folder, "mutant.parquet")
+
+    def read_pixels(data: bytes, folder: Path) -> None:
+        (folder / "mutant.npy").write_bytes(data)
+        _open(_table(beside, compression=none), folder, "mutant.parquet")
+
     return [
         Original("plain", _table(plain, compression=none), read),
         Original("packed", _table(plain, compression="snappy", row_group_size=1), read),
         Original("nested", _table(nested, compression=none), read),
         Original("words", _table(worded, compression=none, data_page_version="2.0"), read),
         Original("tags", _table(tagged, compression=none), read_tags),
+        Original("with ids", _table(named, compression=none), read),
+        Original("with pixels beside", _table(beside, compression=none), read_beside),
+        Original("pixels", pixels, read_pixels),
     ]
 
 
 TABLE_WORDS = (
-    b"PAR1", b"PARE", b"image", b"label", b"bytes", b"path", b"schema", b"huggingface", b"ARROW:schema", b"\x15\x04",
-    b"\x15\x00", b"\x15\x0c", b"\x19\x1c", b"\x19\x3c", b"\x2c", b"\x26\x08", b"\x1c\x15", b"\x00\x00\x00",
+    b"PAR1", b"PARE", b"image", b"label", b"bytes", b"path", b"schema", b"huggingface", b"maekit", b"ARROW:schema",
+    b"\x15\x04", b"\x15\x00", b"\x15\x0c", b"\x19\x1c", b"\x19\x3c", b"\x2c", b"\x26\x08", b"\x1c\x15", b"\x00\x00\x00",
     b"\x80\x80\x80\x80\x80\x01", b"\xff" * 9,
 )  # fmt: skip
 

@@ -291,10 +291,11 @@ def _trained_share(tuned: Finetune, chosen: Plan) -> float:
 
 
 def _seen(chosen: Any, images: int) -> float:
-    """Return the images that a training goes through."""
+    """Return the samples that a training goes through."""
+    samples = images * getattr(chosen, "repeats", 1)
     if chosen.steps is not None:
-        return float(chosen.steps * min(chosen.batch_size, images))
-    return float(chosen.epochs * images)
+        return float(chosen.steps * min(chosen.batch_size, samples))
+    return float(chosen.epochs * samples)
 
 
 # ------------------------------------------------------------------------------------------------------ doing it

@@ -102,13 +102,16 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
-    resolved = prepare(run, settings, settings, source, here, model, statistics=statistics, masks=masks)
+    resolved = prepare(
+        run, settings, settings, source, here, model, statistics=statistics, masks=masks, repeats=settings.repeats
+    )
     model.to(here.device).train()
     model.set_checkpointing(settings.checkpointing)
 
     loader = train_loader(
         source, view, settings, resolved, here, run,
         size=settings.img_size, seed=settings.seed, reading=settings, num_noise=model.num_patches, masks=masks,
+        repeats=settings.repeats,
     )  # fmt: skip
     plan = Plan(
         schedule(settings, loader.steps_per_epoch, loader.batch_size),
@@ -290,8 +293,19 @@ def _check(settings: Pretrain, model: MaskedAutoencoder) -> None:
     """Refuse settings that do not fit together, before anything is read or written.
 
     Raises:
-        MaekitError: E-CONFIG-MASK, E-CONFIG-DECODER.
+        MaekitError: E-CONFIG-BATCH, E-CONFIG-MASK, E-CONFIG-DECODER.
     """
+    if settings.batch_size % settings.repeats:
+        raise MaekitError(
+            "E-CONFIG-BATCH", "settings batch_size and repeats", found=f"{settings.batch_size} and {settings.repeats}",
+            expected="a batch divisible by repeats: it holds all samples of an image",
+            hint=f"--batch-size {-(-settings.batch_size // settings.repeats) * settings.repeats}",
+        )  # fmt: skip
+    if settings.repeats > 1 and settings.epochs is not None:
+        log.info(
+            "repeats %d: an epoch makes so many samples of every image, %g epochs are as long as %g without",
+            settings.repeats, settings.epochs, settings.epochs * settings.repeats,
+        )  # fmt: skip
     kind, low, high = settings.mask_kind, settings.mask_ratio, settings.mask_ratio_max
     if kind != "none":
         for ratio in (low,) if high is None else (low, high):

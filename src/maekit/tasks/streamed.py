@@ -4,9 +4,10 @@ The images are cut into parts of about a thousand, in the order of the source. W
 verified file in ``.FILE.parts`` beside FILE; ``job.json`` there says what work they are parts of. The same command goes
 on after the parts that are there; with other weights, images or settings it begins anew and says so. At the end the
 parts are read one after the other into FILE, which is whole or absent, and deleted. So never more than one part is in
-memory, and a kill costs at most one.
+memory, and a kill costs at most one. `maekit.tasks.pack` shares what such work says of itself and how it stops.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -194,32 +195,53 @@ def stream(out: Path, work: Work, here: World, finish: Callable[[Parts], None]) 
     here.barrier()
     with alone(folder), Signals("stopping") as signals:
         try:
-            done = torch.tensor(parts.begin(work.job) if here.is_main else [], dtype=torch.long)
-            done = set(here.gather(done).tolist())
-            stopped = _compute(parts, done, work, here, signals)
-            if not stopped and here.is_main:
-                finish(parts)
-                shutil.rmtree(folder)
-            here.barrier()
-        except MaekitError as error:
-            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
-            if not full or not any(folder.glob("part-*")):
-                raise
-            raise MaekitError(
-                "E-STOP-DISK", f"cannot write {out}", found=error.__cause__,
-                hint="free some space, then the same command goes on from the parts that are there",
-            ) from error  # fmt: skip
+            with full_disk_stops(out, lambda: any(folder.glob("part-*"))):
+                done = torch.tensor(parts.begin(work.job) if here.is_main else [], dtype=torch.long)
+                done = set(here.gather(done).tolist())
+                stopped = _compute(parts, done, work, here, signals)
+                if not stopped and here.is_main:
+                    finish(parts)
+                    shutil.rmtree(folder)
+                here.barrier()
         finally:
             if here.is_main and folder.exists() and not any(folder.glob("part-*")):
                 shutil.rmtree(folder, ignore_errors=True)
     if not stopped:
         return None
     count = sum(len(parts.ranges[number]) for number in done)
+    assert count or signals.received is not None or here.size > 1
+    return stopped_after(count, work.job["count"], signals, file=str(out))
+
+
+@contextlib.contextmanager
+def full_disk_stops(out: Path, something: Callable[[], bool]) -> Iterator[None]:
+    """Make a stop of a full disk where there is something to go on from.
+
+    Raises:
+        MaekitError: E-STOP-DISK then; whatever the block raises otherwise.
+    """
+    try:
+        yield
+    except MaekitError as error:
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        if not full or not something():
+            raise
+        raise MaekitError(
+            "E-STOP-DISK", f"cannot write {out}", found=error.__cause__,
+            hint="free some space, then the same command goes on from the parts that are there",
+        ) from error  # fmt: skip
+
+
+def stopped_after(count: int, of: int, signals: Signals, **metrics: str) -> Result:
+    """Say how far it came: exit code 75.
+
+    Raises:
+        SystemExit: 130 or 143 if there is nothing to go on from.
+    """
     if not count:
-        assert signals.received is not None or here.size > 1
         raise SystemExit(128 + signal.Signals[signals.received or "SIGINT"])
-    log.info("stopped after %d of %d images; the same command goes on", count, work.job["count"])
-    return Result({"file": str(out), "images": count, "of": work.job["count"]}, exit_code=75)
+    log.info("stopped after %d of %d images; the same command goes on", count, of)
+    return Result({**metrics, "images": count, "of": of}, exit_code=75)
 
 
 def _cut(work: Work) -> list[range]:
@@ -234,7 +256,7 @@ def _cut(work: Work) -> list[range]:
 def _compute(parts: Parts, done: set[int], work: Work, here: World, signals: Signals) -> bool:
     """Write all parts that are not `done` and add them to it; return whether a signal came before the end."""
     missing = [number for number in range(len(parts.ranges)) if number not in done]
-    progress = _Progress(work.title, parts, done, here)
+    progress = Progress(work.title, parts.ranges, done, speaks=here.is_main)
     ranges = [parts.ranges[number] for number in missing]
     for number, batches in zip(missing, work.loader.sweeps(ranges), strict=True):
         rows = []
@@ -248,7 +270,6 @@ def _compute(parts: Parts, done: set[int], work: Work, here: World, signals: Sig
         if here.is_main:  # an image that stood in for the last of a part belongs to the next
             parts.write(number, {name: value[inside].contiguous() for name, value in whole.items()})
         done.add(number)
-        progress.reached(done)
         if here.any(signals.received is not None) and number != missing[-1]:
             return True
     progress.close()
@@ -270,33 +291,43 @@ def first_of_each(index: Tensor) -> Tensor:
     return torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])
 
 
-class _Progress:
-    """A bar on a terminal, else now and then a line: how many of how many, how fast, how long it will take."""
+class Progress:
+    """A bar on a terminal, else now and then a line: how many of how many, how fast, how long it will take.
 
-    def __init__(self, title: str, parts: Parts, done: set[int], here: World) -> None:
-        self.title, self.parts, self.speaks = title, parts, here.is_main
-        self.total, self.first = sum(map(len, parts.ranges)), self._images(done)
+    Args:
+        title: of the work.
+        ranges: images of each part.
+        done: parts that are there.
+        speaks: whether this process does.
+    """
+
+    def __init__(self, title: str, ranges: Sequence[range], done: set[int], *, speaks: bool = True) -> None:
+        self.title, self.speaks = title, speaks
+        self.total = sum(map(len, ranges))
+        self.first = self.count = sum(len(ranges[number]) for number in done)
         self.began = self.spoke = time.monotonic()
         if self.speaks and self.first:
             log.info("%s: going on after %d of %d images", title, self.first, self.total)
         shown = self.speaks and sys.stderr.isatty()
         self.bar = tqdm(total=self.total, initial=self.first, desc=title, unit="image", disable=not shown, leave=False)
 
-    def _images(self, done: set[int]) -> int:
-        return sum(len(self.parts.ranges[number]) for number in done)
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
 
     def add(self, images: int) -> None:
-        """Count images of the current part."""
-        self.bar.update(min(images, self.total - self.bar.n))
-
-    def reached(self, done: set[int]) -> None:
-        """Count whole parts."""
-        now, count = time.monotonic(), self._images(done)
+        """Count images that are done."""
+        images = min(images, self.total - self.count)
+        self.count += images
+        self.bar.update(images)
+        now = time.monotonic()
         if self.bar.disable and self.speaks and now - self.spoke > SPEAK_EVERY:
             self.spoke = now
-            rate = (count - self.first) / (now - self.began)
-            left = clock((self.total - count) / rate)
-            log.info("%s: %d of %d images, %.3g a second, %s left", self.title, count, self.total, rate, left)
+            rate = (self.count - self.first) / (now - self.began)
+            left = clock((self.total - self.count) / rate)
+            log.info("%s: %d of %d images, %.3g a second, %s left", self.title, self.count, self.total, rate, left)
 
     def close(self) -> None:
+        """End the bar."""
         self.bar.close()

@@ -95,6 +95,7 @@ def prepare(
     per_pass: int | None = None,
     beside: Mapping[str, Source] | None = None,
     masks: Masks | None = None,
+    repeats: int = 1,
 ) -> Resolved:
     """Decide once what must stay, write config.yaml; on a later launch return what stands there.
 
@@ -110,6 +111,7 @@ def prepare(
         beside: images that are not trained on, by what they are for.
         masks: given ones.
         per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
+        repeats: samples of each image.
 
     Raises:
         MaekitError: E-CONFIG-PROCESSES, E-CONFIG-BATCH, E-CONFIG-IDLE, E-CONFIG-LENGTH, E-CONFIG-LR, E-DATA-BAD,
@@ -120,7 +122,8 @@ def prepare(
     world.agree({**versions, "images": source.fingerprint(), **told})
     read = Read(source, beside or {}, masks)
     known = run.resolved and compared(run, settings, read, world)
-    batch = min(loop.batch_size, len(source))
+    samples = repeats * len(source)
+    batch = min(loop.batch_size, samples)
     if loop.roll_back and not loop.spike_sigma:
         raise MaekitError(
             "E-CONFIG-IDLE", "setting roll_back", found=f"{loop.roll_back} without spike_sigma",
@@ -134,7 +137,7 @@ def prepare(
         return _again(known, loop, batch, world)
     per_pass = per_pass or max(1, PATCHES_PER_PASS // model.num_patches)
     parts = micro_batch(loop, batch, world.size, per_pass)
-    in_epoch = steps_per_epoch(len(source), batch, loop.drop_last)
+    in_epoch = steps_per_epoch(samples, batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
     if loop.precision == "auto" and world.any(precision == "fp32"):  # each process has measured for itself
@@ -153,12 +156,10 @@ def prepare(
         model=model.spec,
         deviations=deviating(settings),
     )
-    if len(source) < loop.batch_size:
-        log.warning(
-            "%d images are fewer than a batch of %d: every epoch is one short batch", len(source), loop.batch_size
-        )
-    elif loop.drop_last and len(source) % batch:
-        log.info("%d images of every epoch are left out: they fill no batch (drop_last)", len(source) % batch)
+    if samples < loop.batch_size:
+        log.warning("%d images are fewer than a batch of %d: every epoch is one short batch", samples, loop.batch_size)
+    elif loop.drop_last and samples % batch:
+        log.info("%d images of every epoch are left out: they fill no batch (drop_last)", samples % batch // repeats)
     world.barrier()  # all have looked into the folder before one writes
     if world.is_main:
         describe(run, settings, resolved)
@@ -276,6 +277,7 @@ def train_loader(
     reading: Steady,
     num_noise: int = 0,
     masks: Masks | None = None,
+    repeats: int = 1,
 ) -> Loader:
     """Return the loader of a training run: this process's part of every global batch."""
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -300,6 +302,7 @@ def train_loader(
         looked_at=LIMIT,
         decoded_bytes=reading.decoded_mb * 2**20 // on_this_machine,
         dct_scaling=reading.dct_scaling,
+        repeats=repeats,
     )
 
 
