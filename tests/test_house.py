@@ -39,7 +39,7 @@ DOORS: dict[str, set[str]] = {
     "report": {"__init__", "errors", "settings", "seeds", "config", *ROOMS, "scores"},
     "conformance": {"__init__", "errors", "settings", "seeds", "recipes", "config", *ROOMS, "scores", "interchange"},
     "soak": {"__init__", "errors", "settings", "seeds", "failpoints", "config", *ROOMS, "interchange"},
-    "bench": {"__init__", "errors", "settings", "seeds", "config", *ROOMS},
+    "bench": {"__init__", "errors", "settings", "seeds", "config", *ROOMS, "conformance"},
     "tasks": {
         "__init__",
         "bench",

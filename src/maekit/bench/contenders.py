@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from maekit.bench.machine import wait
+from maekit.conformance.peers import needed
 from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
+from maekit.model.variant import PAPER
 from maekit.train.optim import pretrain_groups
 from maekit.train.precision import autocast
 
@@ -115,24 +116,12 @@ def peer_version(name: str) -> str:
     return version(name.partition("-")[0])
 
 
-def _needed(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise MaekitError(
-            "E-ENV-IMPORT", f"package {name.partition('.')[0]} cannot be imported", found=error,
-            hint=f"pip install {name.partition('.')[0]}",
-        ) from error  # fmt: skip
-
-
 def _plain(name: str, ours: MaskedAutoencoder) -> tuple[int, int]:
     """Return side and heads of a model that a peer knows, too.
 
     Raises:
         MaekitError: E-CONFIG-PEER.
     """
-    from maekit.model.variant import PAPER  # only peers are asked for the paper's row alone
-
     odd = ours.img_size[0] != ours.img_size[1] or ours.variant != PAPER or ours.target not in ("pixel", "norm_pixel")
     if odd:
         raise MaekitError(
@@ -145,7 +134,7 @@ def _plain(name: str, ours: MaskedAutoencoder) -> tuple[int, int]:
 def _transformers(ours: MaskedAutoencoder, mask_ratio: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """Return its ViTMAEForPreTraining with sdpa."""
     side, heads = _plain("transformers", ours)
-    library, decoder = _needed("transformers"), ours.decoder
+    library, decoder = needed("transformers", "transformers"), ours.decoder
     config = library.ViTMAEConfig(
         image_size=side, num_channels=ours.encoder.in_chans, patch_size=ours.patch, hidden_size=ours.encoder.embed_dim,
         num_hidden_layers=len(ours.encoder.blocks), num_attention_heads=heads,
@@ -168,12 +157,8 @@ def _timm_forward(ours: MaskedAutoencoder, _: float) -> tuple[nn.Module, Callabl
 def _lightly(ours: MaskedAutoencoder, mask_ratio: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """Return lightly's parts, put together as its own benchmark of ViT-B/16 does."""
     side, _ = _plain("lightly", ours)
-    _needed("lightly")
-    vits, decoders, tools = map(
-        import_module,
-        ("lightly.models.modules.masked_vision_transformer_timm", "lightly.models.modules.masked_autoencoder_timm",
-         "lightly.models.utils"),
-    )  # fmt: skip
+    modules = ("modules.masked_vision_transformer_timm", "modules.masked_autoencoder_timm", "utils")
+    vits, decoders, tools = (needed(f"lightly.models.{name}", "lightly") for name in modules)
     spec = {key: ours.spec[key] for key in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads")}
     vit = timm.create_model(ours.spec["name"], img_size=side, num_classes=0, **spec)
     encoder: Any = vits.MaskedVisionTransformerTIMM(vit=vit)

@@ -1,0 +1,121 @@
+"""What `maekit bench` prints belongs together and comes from steps that train; how fast it was is never asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maekit.bench.contenders import ours, peer
+from maekit.bench.machine import peak
+from maekit.bench.shares import PARTS, shares
+from maekit.errors import MaekitError
+from maekit.model.flops import flops
+from maekit.model.mae import create_model
+from maekit.tasks.bench import bench
+
+TINY: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "batch_size": 8, "device": "cpu",
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the peak be sought among small products."""
+    monkeypatch.setattr("maekit.bench.machine.SIZES", (64, 128))
+
+
+def test_the_figures_of_a_step_belong_together(small: None, tmp_path: Path) -> None:
+    done = bench({**TINY, "action": "train", "rounds": 3, "profile": str(tmp_path / "trace.json"), "precision": "fp32"})
+    found: Any = done.metrics
+    middle, model = found["step_seconds"]["p50"], create_model(**MODEL)
+    assert found["images_per_second"] == pytest.approx(8 / middle)
+    assert found["flops_per_image"] == flops(model, 0.75).total
+    assert found["flops_per_second"] == pytest.approx(found["flops_per_image"] * 8 / middle)
+    assert found["mfu"] == pytest.approx(found["flops_per_second"] / found["peak_flops"])
+    assert middle <= found["step_seconds"]["p90"] <= found["step_seconds"]["p99"]
+    assert list(found["shares"]) == list(PARTS) and sum(found["shares"].values()) == pytest.approx(1)
+    assert found["ratio"] == {} and f"MFU {found['mfu']:.0%}" in done.text
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+MODEL: dict[str, Any] = {
+    "name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["transformers", "lightly", "timm-forward"])
+def test_peers_have_the_same_sizes_and_train(name: str) -> None:
+    pytest.importorskip(name.partition("-")[0])
+    torch.manual_seed(0)
+    own = create_model(**MODEL)
+    other = peer(name, own, 0.75, "fp32", CPU)
+    mine = ours(own, 0.75, "fp32", compiled=False)
+
+    def trained(model: torch.nn.Module) -> int:
+        return sum(part.numel() for part in model.parameters() if part.requires_grad)
+
+    images = torch.randn(8, 3, 32, 32)
+    if not other.trains:
+        before = [part.clone() for part in other.model.parameters()]
+        assert other.seconds(images) > 0
+        assert all(map(torch.equal, before, other.model.parameters()))
+        return
+    assert trained(other.model) == pytest.approx(trained(mine.model), rel=0.01)
+    for one in (mine, other):
+        with torch.no_grad():
+            first = float(torch.stack([one.loss(images) for _ in range(8)]).mean())
+        for group in one.optimizer.param_groups:
+            group["lr"] = 3e-3
+        for _ in range(30):
+            one.step(images)
+        with torch.no_grad():
+            last = float(torch.stack([one.loss(images) for _ in range(8)]).mean())
+        assert last < first
+
+
+@pytest.mark.parametrize("name", ["transformers", "lightly"])
+def test_a_variant_that_a_peer_does_not_have_is_refused(name: str) -> None:
+    pytest.importorskip(name)
+    with pytest.raises(MaekitError, match="E-CONFIG-PEER"):
+        peer(name, create_model(**MODEL, variant={"decoder_kind": "cross"}), 0.75, "fp32", CPU)
+
+
+def test_marks_are_taken_away_again() -> None:
+    model = create_model(**MODEL)
+    found = shares(ours(model, 0.75, "fp32", compiled=False), torch.randn(2, 3, *model.img_size), rounds=1)
+    assert set(found) == set(PARTS) and min(found.values()) > 0
+    assert not model.decoder.pred._forward_hooks and not model.encoder.norm._forward_hooks
+
+
+def test_masks_and_memory(small: None) -> None:
+    masks: Any = bench({**TINY, "action": "mask", "rounds": 1}).metrics
+    assert set(masks["share"]) == {"random 75 %", "block 50 %", "block 75 %", "grid 75 %", "centre 25 %"}
+    many = {"action": "memory", "batch_size": 256, "precision": "fp32", "patch_size": 4, "depth": 6, "decoder_depth": 4}
+    memory: Any = bench({**TINY, **many}).metrics
+    assert memory["mib"]["maekit --checkpointing"] < 0.8 * memory["mib"]["maekit"]
+
+
+def test_the_peak_is_that_of_the_larger_of_two_products() -> None:
+    best, side = peak(CPU, torch.float32, rounds=1)
+    assert best > 1e8 and side >= 2048
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({}, "E-USAGE-ACTION"), ({"action": "train", "data": "x"}, "E-CONFIG-IDLE.*--data"),
+     ({"action": "mask", "vs": "transformers"}, "E-CONFIG-IDLE.*--vs"),
+     ({"action": "train", "vs": "x"}, "E-CONFIG-PEER"),
+     ({"action": "data"}, "E-USAGE-DATA"), ({"action": "decode", "data": "."}, "E-DATA-EMPTY"),
+     ({"action": "train", "model": "resnet18"}, "E-CONFIG-MODEL")],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(
+    given: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MaekitError, match=words):
+        bench(given)
