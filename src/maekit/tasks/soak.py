@@ -44,12 +44,12 @@ def _mutants(bench: Bench, run: Path, random: Random) -> int:
 
 Kind = Callable[[Bench, Path, Random], int]
 KINDS: dict[str, tuple[Kind, int]] = {
-    "kill": (processes.kill, 3),
+    "kill": (processes.kill, 4),
     "failpoint": (storage.failpoint, 2),
     "signal": (processes.stop, 2),
     "two": (processes.two, 1),
     "worker": (processes.worker, 1),
-    "flip": (storage.flip, 4),
+    "flip": (storage.flip, 7),
     "truncate": (storage.truncate, 2),
     "missing": (storage.missing, 1),
     "swapped": (storage.swapped, 1),
