@@ -181,7 +181,8 @@ def test_a_part_is_decoded_beside_the_visible_patches_alone(build: Build) -> Non
     model = build(variant={"decode_ratio": 0.25}).double()
     images, noise = images_for(model).double(), noise_for(model)
     lengths: list[int] = []
-    handle = model.decoder.blocks.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+    first = model.decoder.get_submodule("blocks.0.norm1")
+    handle = first.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
     model.loss(images, noise)
     handle.remove()
     assert lengths == [1 + 4 + 4]  # class token, a quarter visible, a quarter of all decoded

@@ -33,7 +33,7 @@ def base(pretrained: Path, classes: Path) -> dict[str, Any]:
         "run": pretrained, "data": str(classes), "labels": "5/class", "batch_size": 10, "epochs": 6, "base_lr": 3e-2,
         "warmup_epochs": 1, "layer_decay": 0.75, "crop_scale": [0.6, 1], "workers": 0, "device": "cpu", "log_every": 5,
         "save_every": 7, "seed": 1, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25,
-        "auto_augment": "rand-m9-mstd0.5-inc1", "drop_path": 0.1,
+        "auto_augment": "rand-m9-mstd0.5-inc1", "drop_path": 0.1, "precision": "fp32",
     }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_eval_only_reads_an_official_fine_tuned_file(classes: Path, tmp_path: Pa
     torch.nn.init.normal_(made.head.weight)  # type: ignore[arg-type]
     torch.save({"model": made.state_dict(), "epoch": 99}, tmp_path / "mae_finetuned.pth")
     settings = {"run": tmp_path / "mae_finetuned.pth", "eval_only": True, "data": str(classes), "workers": 0}
-    package.finetune({**settings, "device": "cpu", "out": tmp_path / "run", "tta": "flip"})
+    package.finetune({**settings, "device": "cpu", "precision": "fp32", "out": tmp_path / "run", "tta": "flip"})
     table, spec = pq.read_table(tmp_path / "run/predictions.parquet"), load_classifier(settings["run"]).spec
     for i in (3, 57):
         image = read_image((classes / "val" / table["path"][i].as_py()).read_bytes(), channels=1)

@@ -9,8 +9,15 @@ from torch.nn import functional as F
 
 from maekit.errors import MaekitError
 from maekit.model.mae import create_model
-from maekit.train import precision
-from maekit.train.precision import LONGEST, attention, autocast, best_precision, own_attention, resolve_precision
+from maekit.train.precision import (
+    LONGEST,
+    attention,
+    autocast,
+    best_precision,
+    layer_in_fp32_over_bf16,
+    own_attention,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 
@@ -114,17 +121,20 @@ def test_activations_that_are_computed_anew_in_bf16_change_no_gradient() -> None
 
 
 @pytest.mark.parametrize(
-    ("does", "ratio", "width", "expected"),
-    [(True, 2.1, 768, "bf16"), (True, 1.1, 768, "fp32"), (True, 9.9, 32, "fp32"), (False, 9.9, 768, "fp32")],
-)
+    ("does", "width", "expected", "words"),
+    [({"avx512_bf16": True}, 768, "bf16", "AVX512-BF16"), ({"amx_bf16": True}, 96, "bf16", "AMX"),
+     ({"amx_bf16": True}, 64, "fp32", "64 wide"), ({"avx2": True}, 768, "fp32", "neither")],
+)  # fmt: skip
 def test_auto_follows_the_machine_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, does: bool, ratio: float, width: int, expected: str
+    monkeypatch: pytest.MonkeyPatch, does: dict[str, bool], width: int, expected: str, words: str
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": does})
-    monkeypatch.setattr(precision, "_layer_in_fp32_over_bf16", lambda width: ratio)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: does)
     chosen, why = best_precision(CPU, width)
-    assert chosen == expected
-    assert {"bf16": "2.1 times as long"}.get(chosen, why) in why
+    assert chosen == expected and words in why
+
+
+def test_a_layer_is_timed_in_both() -> None:
+    assert 0.01 < layer_in_fp32_over_bf16(32, tokens=64, rounds=1) < 100
 
 
 def test_what_the_device_cannot_do_is_refused() -> None:

@@ -36,7 +36,7 @@ from maekit.tasks.pretrain import new_model
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
 from maekit.train.device import check_compiler, resolve_device
-from maekit.train.precision import best_precision, resolve_precision
+from maekit.train.precision import best_precision, layer_in_fp32_over_bf16, resolve_precision
 
 log = logging.getLogger("maekit")
 
@@ -109,9 +109,14 @@ def _images(settings: Bench, model: MaskedAutoencoder, device: torch.device) -> 
 
 def _precision(settings: Bench, model: MaskedAutoencoder, device: torch.device) -> tuple[str, str]:
     """Return the precision, and why."""
+    width = model.encoder.embed_dim
     if settings.precision == "auto":
-        return best_precision(device, model.encoder.embed_dim)
-    return resolve_precision(settings.precision, device, model.encoder.embed_dim), "as asked"
+        chosen, why = best_precision(device, width)
+    else:
+        chosen, why = resolve_precision(settings.precision, device, width), "as asked"
+    if device.type == "cpu":
+        why += f"; a layer of this width takes {layer_in_fp32_over_bf16(width):.1f} times as long in fp32 as in bf16"
+    return chosen, why
 
 
 def _train(settings: Bench) -> Result:

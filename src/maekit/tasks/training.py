@@ -140,7 +140,7 @@ def prepare(
     in_epoch = steps_per_epoch(samples, batch, loop.drop_last)
     schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
-    if loop.precision == "auto" and world.any(precision == "fp32"):  # each process has measured for itself
+    if loop.precision == "auto" and world.any(precision == "fp32"):  # machines may differ
         precision = "fp32"
     found = measured(source, len(model.mean), settings.bad_images)
     mean, std = statistics or found
