@@ -100,6 +100,7 @@ def test_eval_only_scores_the_run_and_its_timm_form_as_at_the_end_of_training(
     package.convert({"src": whole[0], "dst": tmp_path / "weights", "to": "timm"})
     for name, weights in (("own", whole[0]), ("timm", tmp_path / "weights")):
         settings = {"run": weights, "eval_only": True, "data": str(classes), "workers": 0, "device": "cpu"}
+        settings["precision"] = "fp32"
         done = package.finetune({**settings, "out": tmp_path / name})
         for score in ("top1", "top5", "macro_f1", "balanced_accuracy", "ece", "val_loss"):
             assert done.metrics[score] == pytest.approx(whole[1][score], rel=1e-5), score
