@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maekit.bench.contenders import ours, peer
-from maekit.bench.machine import peak
+from maekit.bench.machine import layer_in_fp32_over_bf16, peak
 from maekit.bench.shares import PARTS, shares
 from maekit.errors import MaekitError
 from maekit.model.flops import flops
@@ -98,6 +98,10 @@ def test_masks_and_memory(small: None) -> None:
     many = {"action": "memory", "batch_size": 256, "precision": "fp32", "patch_size": 4, "depth": 6, "decoder_depth": 4}
     memory: Any = bench({**TINY, **many}).metrics
     assert memory["mib"]["maekit --checkpointing"] < 0.8 * memory["mib"]["maekit"]
+
+
+def test_a_layer_is_timed_in_both() -> None:
+    assert 0.01 < layer_in_fp32_over_bf16(32, tokens=64, rounds=1) < 100
 
 
 def test_the_peak_is_that_of_the_larger_of_two_products() -> None:

@@ -1,5 +1,6 @@
 """Attention of bfloat16 on a CPU against float64 and torch's own; what `auto` takes, and why."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from maekit.train.precision import (
     attention,
     autocast,
     best_precision,
-    layer_in_fp32_over_bf16,
     own_attention,
     resolve_precision,
 )
@@ -120,6 +120,26 @@ def test_activations_that_are_computed_anew_in_bf16_change_no_gradient() -> None
         assert torch.equal(plain, anew)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_a_compiled_step_in_bf16_is_the_plain_one() -> None:
+    """One graph, and the operator in it."""
+    model = create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2,
+                         decoder_dim=32, decoder_depth=1, decoder_heads=2).train()  # fmt: skip
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    compiled: Any = torch.compile(model.loss, dynamic=False, fullgraph=True)
+
+    def found(loss: Any) -> list[Tensor]:
+        model.zero_grad()
+        with autocast("bf16", CPU):
+            value = loss(images, noise)
+            value.backward()
+        return [value.detach(), *(part.grad.clone() for part in model.parameters() if part.grad is not None)]
+
+    for one, other in zip(found(compiled), found(model.loss), strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm() + 1e-6
+
+
 @pytest.mark.parametrize(
     ("does", "width", "expected", "words"),
     [({"avx512_bf16": True}, 768, "bf16", "AVX512-BF16"), ({"amx_bf16": True}, 96, "bf16", "AMX"),
@@ -131,10 +151,6 @@ def test_auto_follows_the_machine_and_says_why(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: does)
     chosen, why = best_precision(CPU, width)
     assert chosen == expected and words in why
-
-
-def test_a_layer_is_timed_in_both() -> None:
-    assert 0.01 < layer_in_fp32_over_bf16(32, tokens=64, rounds=1) < 100
 
 
 def test_what_the_device_cannot_do_is_refused() -> None:

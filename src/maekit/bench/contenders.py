@@ -21,10 +21,8 @@ from maekit.conformance.peers import needed
 from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
 from maekit.model.variant import PAPER
-from maekit.train.optim import pretrain_groups
+from maekit.train.optim import adamw, pretrain_groups
 from maekit.train.precision import autocast
-
-PEERS = ("transformers", "timm-forward", "lightly")
 
 
 @dataclass
@@ -49,10 +47,7 @@ class Contender:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        fused = any(parameter.device.type in ("cpu", "cuda") for parameter in self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            pretrain_groups(self.model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=fused or None
-        )
+        self.optimizer = adamw(pretrain_groups(self.model, 0.05), betas=(0.9, 0.95), lr=1e-4)
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
@@ -106,7 +101,7 @@ def peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, 
     """
     builders = {"transformers": _transformers, "timm-forward": _timm_forward, "lightly": _lightly}
     if name not in builders:
-        raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=", ".join(PEERS))
+        raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=", ".join(builders))
     model, loss = builders[name](ours, mask_ratio)
     return Contender(name, model.to(device).train(), loss, precision, trains=name != "timm-forward")
 

@@ -8,6 +8,7 @@ of the same values.
 
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from mmap import mmap
@@ -84,15 +85,15 @@ def _map(handle: Any, size: int, dtype: str) -> Shared:
 class Column(Sequence[T]):
     """What names and numbers have in common."""
 
+    @abstractmethod
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """Return the values at these places, in this order."""
-        raise NotImplementedError
 
-    def _part(self, start: int, stop: int) -> list[T]:
-        raise NotImplementedError
+    @abstractmethod
+    def _part(self, start: int, stop: int) -> list[T]: ...
 
-    def _at(self, index: int) -> T:
-        raise NotImplementedError
+    @abstractmethod
+    def _at(self, index: int) -> T: ...
 
     @overload
     def __getitem__(self, index: int) -> T: ...

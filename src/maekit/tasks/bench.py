@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from maekit.bench.contenders import Contender, ours, peer, peer_version
 from maekit.bench.data import decode_rates, loader_rates, workers_needed
-from maekit.bench.machine import describe, peak, processor, wait
+from maekit.bench.machine import describe, layer_in_fp32_over_bf16, peak, wait
 from maekit.bench.memory import Held, Job, held
 from maekit.bench.shares import PARTS, shares
 from maekit.data.loader import Loader
@@ -35,8 +35,8 @@ from maekit.tasks import Result
 from maekit.tasks.pretrain import new_model
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
-from maekit.train.device import check_compiler, resolve_device
-from maekit.train.precision import best_precision, layer_in_fp32_over_bf16, resolve_precision
+from maekit.train.device import check_compiler, cpu_model, resolve_device
+from maekit.train.precision import best_precision, resolve_precision
 
 log = logging.getLogger("maekit")
 
@@ -138,7 +138,7 @@ def _train(settings: Bench) -> Result:
     reached = count * settings.batch_size / middle
     ratios = {name: sorted(a / b for a, b in zip(times[name], times["maekit"], strict=True)) for name in times}
     del ratios["maekit"]
-    eager = ours(model, settings.mask_ratio, precision, compiled=False)
+    eager = ours(model, settings.mask_ratio, precision, compiled=False) if settings.compile else contenders[0]
     parts = shares(eager, images)
     if settings.profile:
         _trace(eager, images, settings.profile)
@@ -329,7 +329,7 @@ def _decode(settings: Bench) -> Result:
         for one in found
     ]
     metrics: dict[str, object] = {
-        "device": processor(), "files": len(files[:MOST_FILES]), "img_size": settings.img_size[0],
+        "device": cpu_model(), "files": len(files[:MOST_FILES]), "img_size": settings.img_size[0],
         "pipelines": [asdict(one) for one in found],
     }  # fmt: skip
     return Result(metrics, "\n".join(aligned(rows)))

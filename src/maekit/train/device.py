@@ -103,12 +103,12 @@ def circumstances(world: World, micro_batch: int) -> dict[str, Any]:
     kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     versions = {"torch": torch.__version__}
     if world.device.type == "cpu":
-        versions |= {"cpu": _cpu_model(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        versions |= {"cpu": cpu_model(), "instructions": torch.backends.cpu.get_cpu_capability()}
         versions |= {"threads": torch.get_num_threads()}
     return {**versions, "device": kind, "processes": world.size, "micro_batch": micro_batch}
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """Return what the system calls its processor, with numbers where it has them: virtual ones share a name."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -2,8 +2,7 @@
 
 Weights, optimizer and loss stay float32; `autocast` lets matrix products run in bfloat16 or float16. On a CPU whether
 bfloat16 pays differs by a factor of fifty between machines, so `resolve_precision` asks the processor for its
-instructions. It does not measure: the same command has to choose alike on a busy machine. ``maekit bench`` measures,
-with `layer_in_fp32_over_bf16`.
+instructions. It does not measure: the same command has to choose alike on a busy machine. ``maekit bench`` does.
 
 torch's fused attention on a CPU has a backward pass that in bfloat16 takes six times as long as in float32 (PyTorch
 2.14.1: half of the step of a small model). Inside `autocast` on a CPU, `attention` takes its place: the same forward
@@ -15,8 +14,7 @@ B images, H heads, T tokens, S tokens attended to, D width of a head.
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,28 +80,6 @@ def _cpu_does_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def layer_in_fp32_over_bf16(width: int, tokens: int = 1024, rounds: int = 7) -> float:
-    """Time the products of a layer (width to 4 width; forward and backward) on the CPU, in turns; the best of each."""
-    generator = torch.Generator().manual_seed(0)
-
-    def work(dtype: torch.dtype) -> Callable[[], object]:
-        inside, weight, grad = (
-            torch.randn(shape, generator=generator).to(dtype)
-            for shape in ((tokens, width), (width, 4 * width), (tokens, 4 * width))
-        )
-        return lambda: (inside @ weight, grad @ weight.T, inside.T @ grad)
-
-    works = {dtype: work(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    best = dict.fromkeys(works, float("inf"))
-    for round_ in range(rounds + 1):
-        for dtype, run in works.items():
-            began = time.perf_counter()
-            run()
-            if round_:  # the first one makes ready
-                best[dtype] = min(best[dtype], time.perf_counter() - began)
-    return best[torch.float32] / best[torch.bfloat16]
-
-
 @contextlib.contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Let a pass run at this precision: "fp32" changes nothing.
@@ -115,11 +91,11 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
     if precision not in kinds:
         yield
         return
-    with torch.autocast(device.type, kinds[precision]), own_attention() if device.type == "cpu" else _nothing():
+    own = own_attention() if device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, kinds[precision]), own:
         yield
 
 
-_nothing: Any = contextlib.nullcontext
 _torchs = F.scaled_dot_product_attention
 
 
