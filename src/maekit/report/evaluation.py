@@ -53,7 +53,8 @@ def evaluation_report(folder: Path, metrics: dict[str, Any]) -> Path:
         Section("Configuration", details={"config.yaml": (folder / "config.yaml").read_text("utf-8").rstrip()}),
     ]
     still = metrics["jobs"] - metrics["jobs_done"]
-    intro = [f"{len(arms)} arms, scored on {metrics['val_images']:,} images that no training has seen."]
+    count = f"{len(arms)} arm{'s' * (len(arms) > 1)}"
+    intro = [f"{count}, scored on {metrics['val_images']:,} images that no training has seen."]
     write_report(
         folder / "report.html",
         title=f"Evaluation: {folder.name}",
