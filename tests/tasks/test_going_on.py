@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable
@@ -164,3 +165,23 @@ def test_where_the_file_system_has_no_locks_the_word_of_the_file_counts(
     else:
         with pytest.raises(MaekitError, match=r"E-ENV-BUSY.*if it is gone, delete"), alone(tmp_path):
             pass
+
+
+def test_a_process_may_look_into_the_folder_while_the_main_one_tidies_up(tmp_path: Path) -> None:
+    """F18: the main process of a run deletes what a kill left; what another has just tried to write is no error."""
+    settings = resolve(Pretrain, flags={"data": "builtin:fashion"})[0]
+    ended = threading.Event()
+
+    def tidy() -> None:
+        while not ended.is_set():
+            for file in tmp_path.glob(".tmp-*"):
+                file.unlink(missing_ok=True)
+
+    main = threading.Thread(target=tidy)
+    main.start()
+    try:
+        for _ in range(300):
+            assert open_run(tmp_path, "pretrain", settings).resolved is None
+    finally:
+        ended.set()
+        main.join()

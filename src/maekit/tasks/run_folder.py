@@ -122,7 +122,7 @@ def open_run(path: Path, verb: str, settings: Settings) -> Run:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".tmp-write-{uuid.uuid4().hex}"  # every process of a run tries
         probe.touch(exist_ok=False)
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # the main process may be tidying up already
     except OSError as error:
         raise MaekitError(
             "E-ENV-OUT", f"--out {path}", found=error.strerror or error, expected="a writable folder"
