@@ -85,14 +85,15 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Let a pass run at this precision: "fp32" changes nothing.
 
     The backward pass belongs inside, too: with activation checkpointing it computes forward passes again, which have to
-    be the same ones.
+    be the same ones. Weights in half precision are not kept until its end: every one is used once in a pass, so torch's
+    cache of them would serve nobody.
     """
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in kinds:
         yield
         return
     own = own_attention() if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, kinds[precision]), own:
+    with torch.autocast(device.type, kinds[precision], cache_enabled=False), own:
         yield
 
 
