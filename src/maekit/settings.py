@@ -77,6 +77,7 @@ Commas = BeforeValidator(_at_commas)
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], Commas, Field(min_length=1)]
 Temperatures = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_length=1)]
 Names = Annotated[list[str], Commas, Field(min_length=1)]
+Points = Annotated[list[Annotated[float, Field(gt=0)]], Commas, Field(min_length=1)]
 WorkerCounts = Annotated[list[Annotated[int, Field(ge=0, le=512)]], Commas, Field(min_length=1)]
 Paths = Annotated[list[Path], Commas]
 Pool = Literal["mean", "cls"]
@@ -1013,19 +1014,24 @@ class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
     takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
     takes_only: ClassVar[tuple[str, ...]] = (
         *Place.model_fields, *Size.model_fields, *Views.model_fields, *Autoencoder.model_fields, *Masks.model_fields,
-        "batch_size",
+        "batch_size", "save_every",
     )  # fmt: skip
 
-    action: Literal["train", "memory", "mask", "data", "decode"] | None = setting(
+    action: Literal["train", "scale", "memory", "checkpoint", "mask", "data", "decode"] | None = setting(
         None,
-        "train: steps of pre-training, the machine's peak, MFU; memory: its peak in training; mask: drawing masks; "
-        "data: what the loader delivers, and how many workers that takes; decode: from a JPEG to a crop",
+        "train: steps of pre-training, the machine's peak, MFU; scale: how a step's cost grows; memory: its peak in "
+        "training; checkpoint: what saving costs; mask: drawing masks; data: what the loader delivers, and how many "
+        "workers that takes; decode: from a JPEG to a crop",
     )
     batch_size: int = setting(32, "images of a step", ge=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
     compile: bool = setting(False, "train: compile maekit's model with torch.compile")
     vs: Names | None = setting(None, "train, memory: peers that take turns: transformers,timm-forward,lightly")
-    rounds: int = setting(7, "train, mask: turns of each contender", ge=1)
+    rounds: int = setting(7, "train, scale, checkpoint, mask: turns of each contender", ge=1)
+    over: Literal["batch-size", "mask-ratio", "img-size", "threads"] = setting("mask-ratio", "scale: what is swept")
+    points: Points | None = setting(None, "scale: its values, as 32,64; default: by model and machine")
+    save_every: int | None = setting(None, "checkpoint: steps between saves; default: an epoch of --data", ge=1)
+    out: Path | None = setting(None, "scale: folder for plot and table; checkpoint: on the disk to be measured")
     threads: int | None = setting(None, "threads of the CPU; default: torch's own choice", ge=1)
     workers: WorkerCounts = setting([0, 1, 2], "data: numbers of loader processes to try")
     seconds: float = setting(20.0, "data, decode: how long in all", gt=0)

@@ -95,9 +95,14 @@ def test_marks_are_taken_away_again() -> None:
 def test_masks_and_memory(small: None) -> None:
     masks: Any = bench({**TINY, "action": "mask", "rounds": 1}).metrics
     assert set(masks["share"]) == {"random 75 %", "block 50 %", "block 75 %", "grid 75 %", "centre 25 %"}
+    nine: Any = bench({**TINY, "action": "mask", "rounds": 1, "img_size": 24}).metrics
+    assert set(nine["share"]) == {*masks["share"]} - {"grid 75 %"}  # no such pattern on 3 x 3
     many = {"action": "memory", "batch_size": 256, "precision": "fp32", "patch_size": 4, "depth": 6, "decoder_depth": 4}
     memory: Any = bench({**TINY, **many}).metrics
     assert memory["mib"]["maekit --checkpointing"] < 0.8 * memory["mib"]["maekit"]
+    trained = create_model(**{**MODEL, "patch_size": 4, "depth": 6, "decoder_depth": 4}).parameters()
+    moments = sum(12 * part.numel() for part in trained if part.requires_grad) / 2**20  # with the weights, in fp32
+    assert memory["kept_mib"]["maekit"] == pytest.approx(moments, rel=0.1)
 
 
 def test_a_layer_is_timed_in_both() -> None:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from maekit.errors import MaekitError
-from maekit.model.flops import encoder_flops, flops, flops_of
+from maekit.model.flops import attention_flops, encoder_flops, flops, flops_of
 from maekit.model.mae import MaskedAutoencoder, create_model
 
 VITS = {"b": "vit_base_patch16_224", "l": "vit_large_patch16_224", "h": "vit_huge_patch14_224"}
@@ -72,6 +72,15 @@ def test_what_torch_counts_for_every_departure(name: str, build: Callable[..., M
         forward, both = counted(model, torch.rand(2, 3, 32, 32), torch.rand(2, model.num_patches), ratio)
         mine = flops(model, ratio)
         assert (2 * mine.forward, 2 * mine.total) == (forward, both)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_products_among_tokens_are_those_that_torch_counts(name: str, build: Callable[..., MaskedAutoencoder]) -> None:
+    model = build(**VARIANTS[name])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(torch.rand(2, 3, 32, 32), torch.rand(2, model.num_patches), 0.75).backward()
+    both = counter.get_flop_counts()["Global"]
+    assert 2 * attention_flops(model, 0.75) == both[torch.ops.aten.bmm]
 
 
 def test_mask_tokens_in_the_encoder_of_vit_l_cost_3_22_times_as_much() -> None:

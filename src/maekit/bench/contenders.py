@@ -7,10 +7,10 @@ given its library's fastest attention.
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -23,6 +23,8 @@ from maekit.model.mae import MaskedAutoencoder
 from maekit.model.variant import PAPER
 from maekit.train.optim import adamw, pretrain_groups
 from maekit.train.precision import autocast
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass
@@ -90,6 +92,22 @@ def ours(model: MaskedAutoencoder, mask_ratio: float, precision: str, *, compile
 
     made: Any = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     return Contender("maekit", model.train(), loss, precision, own=True)
+
+
+def turns(runs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
+    """Return the seconds that each run gives, taken in turns; who begins changes every time, and a first time warms up.
+
+    Args:
+        runs: each does something once and returns the seconds that it took.
+        rounds: that count.
+    """
+    times: dict[K, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name in runs if number % 2 else reversed([*runs]):
+            seconds = runs[name]()
+            if number:
+                times[name].append(seconds)
+    return times
 
 
 def peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, device: torch.device) -> Contender:

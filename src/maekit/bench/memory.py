@@ -26,10 +26,13 @@ class Held:
 
     Attributes:
         mib: at its peak, above what the process held before its model was built.
+        kept_mib: of them, weights and moments, which stay from step to step; the rest are gradients, activations and
+            what is made on the way.
         seconds: of a step.
     """
 
     mib: float
+    kept_mib: float
     seconds: float
 
 
@@ -73,7 +76,7 @@ def _held(job: Job) -> Held:
     before = _start(device)
     contender = _build(job, device)
     seconds = [contender.seconds(images) for _ in range(STEPS)]
-    return Held((_most(device) - before) / 2**20, seconds[-1])
+    return Held((_most(device) - before) / 2**20, _kept(contender) / 2**20, seconds[-1])
 
 
 def _build(job: Job, device: torch.device) -> Contender:
@@ -84,6 +87,13 @@ def _build(job: Job, device: torch.device) -> Contender:
     with torch.device("meta"):
         same = create_model(**job.spec)
     return peer(job.name, same, job.mask_ratio, job.precision, device)
+
+
+def _kept(contender: Contender) -> int:
+    """Return the bytes of weights, buffers and moments."""
+    model, moments = contender.model, contender.optimizer.state.values()
+    tensors = [*model.parameters(), *model.buffers(), *(value for each in moments for value in each.values())]
+    return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def _start(device: torch.device) -> int:

@@ -70,23 +70,53 @@ def flops(model: MaskedAutoencoder, mask_ratio: float = 0.75, *, every_patch: bo
         MaekitError: E-CONFIG-MASK for a ratio that keeps no patch or all, E-CONFIG-DECODER for one that removes fewer
             than are decoded.
     """
-    encoder, decoder, prefix = model.encoder, model.decoder, model.encoder.num_prefix_tokens
+    encoder, decoder = model.encoder, model.decoder
     keep, scored = _counts(model, mask_ratio)
-    latent = prefix + (model.num_patches if model.variant.full_length else keep)
+    latent, decoded = _tokens(model, keep, scored)
     embedding = _weights(encoder.patch_embed) * (model.num_patches if every_patch else keep)
     encoding = _blocks(encoder.blocks, latent)
     if decoder.depth == 0:
-        decoded, decoding = latent, 0
+        decoding = 0
     elif decoder.cross:
-        decoded = scored
         decoding = _weights(decoder.embed) * latent + _cross_blocks(decoder.blocks, decoded, latent)
     else:
-        decoded = prefix + (keep + scored if decoder.parts else model.num_patches)
         decoding = _weights(decoder.embed) * latent + _blocks(decoder.blocks, decoded)
         if scored < model.num_patches and not every_patch:
             decoding -= _spared(decoder.blocks[-1], decoded, scored)
     decoding += _weights(decoder.pred) * (decoded if every_patch else scored)
     return Flops(Passes(2 * (encoding + embedding), 2 * (2 * encoding + embedding)), Passes(2 * decoding, 4 * decoding))
+
+
+def attention_flops(model: MaskedAutoencoder, mask_ratio: float = 0.75) -> int:
+    """Count, of the total of `flops`, the products among tokens: what grows with the square of their number.
+
+    Raises:
+        MaekitError: as `flops`.
+    """
+    decoder = model.decoder
+    keep, scored = _counts(model, mask_ratio)
+    latent, decoded = _tokens(model, keep, scored)
+    pairs = latent**2 * sum(map(_attention_width, model.encoder.blocks))
+    if decoder.cross:
+        pairs += (
+            decoded * latent * sum(block.q.out_features for block in decoder.blocks if isinstance(block, CrossBlock))
+        )
+    elif decoder.depth:
+        pairs += decoded**2 * sum(map(_attention_width, decoder.blocks))
+        if scored < model.num_patches:
+            pairs -= (decoded - scored) * decoded * _attention_width(decoder.blocks[-1])
+    return 3 * 2 * 2 * pairs  # passes; operations; queries with keys and weights with values
+
+
+def _tokens(model: MaskedAutoencoder, keep: int, scored: int) -> tuple[int, int]:
+    """Return how many tokens of an image run through the encoder and through the decoder."""
+    decoder, prefix = model.decoder, model.encoder.num_prefix_tokens
+    latent = prefix + (model.num_patches if model.variant.full_length else keep)
+    if decoder.depth == 0:
+        return latent, latent
+    if decoder.cross:
+        return latent, scored
+    return latent, prefix + (keep + scored if decoder.parts else model.num_patches)
 
 
 def _counts(model: MaskedAutoencoder, mask_ratio: float) -> tuple[int, int]:

@@ -1,15 +1,19 @@
-"""Measure this machine: how fast it trains, what that takes of memory, what masks, the loader and decoding cost.
+"""Measure this machine: how fast it trains and how that grows, in how much memory; what saving, masks, reading cost.
 
 ``bench train`` steps through pre-training on images that are already there, so nothing but the step is measured; the
 best square matrix product of the same run stands beside it, and peers with ``--vs`` take turns with it in one process.
 Model FLOPs are those of `maekit.model.flops`; MFU is their share of that peak.
 """
 
+import contextlib
+import json
 import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +21,27 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from maekit.bench.contenders import Contender, ours, peer, peer_version
+from maekit.bench.contenders import Contender, ours, peer, peer_version, turns
 from maekit.bench.data import decode_rates, loader_rates, workers_needed
 from maekit.bench.machine import describe, layer_in_fp32_over_bf16, peak, wait
 from maekit.bench.memory import Held, Job, held
+from maekit.bench.saving import costs
+from maekit.bench.scale import Point, grown, point, unread, varied
 from maekit.bench.shares import PARTS, shares
 from maekit.data.loader import Loader
 from maekit.data.sources import open_source
 from maekit.errors import MaekitError
+from maekit.interchange.weights import metadata
 from maekit.model.flops import flops
 from maekit.model.mae import MaskedAutoencoder
-from maekit.model.masking import draw_masking
+from maekit.model.masking import check_masking, draw_masking
 from maekit.recipes import RECIPES
 from maekit.report.evaluation import aligned
+from maekit.report.files import write_whole
+from maekit.report.grids import write_png
+from maekit.report.scaling import scale_drawing
+from maekit.report.scaling import told as scale_told
+from maekit.report.scored import as_picture
 from maekit.settings import Bench, Place, Pretrain, Settings, Views
 from maekit.tasks import Result
 from maekit.tasks.pretrain import new_model
@@ -41,10 +53,12 @@ from maekit.train.precision import best_precision, resolve_precision
 log = logging.getLogger("maekit")
 
 PLACE, VIEWS = {*Place.model_fields} - {"recipe"}, {*Views.model_fields} - {"recipe"}
-MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS
+MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS - {"save_every"}
 READS: dict[str, set[str]] = {
     "train": MODEL | {"precision", "compile", "vs", "rounds", "profile"},
+    "scale": MODEL | {"precision", "rounds", "over", "points", "out"},
     "memory": MODEL | {"precision", "vs"},
+    "checkpoint": MODEL | PLACE | {"precision", "rounds", "save_every", "out"},
     "mask": MODEL | {"precision", "rounds"},
     "data": MODEL | PLACE | VIEWS | {"precision", "workers", "seconds"},
     "decode": {"data", "img_size", "seconds", "seed"},
@@ -77,7 +91,10 @@ def bench(settings: Bench | dict[str, Any]) -> Result:
     _refuse_unused(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    actions = {"train": _train, "memory": _memory, "mask": _mask, "data": _data, "decode": _decode}
+    actions = {
+        "train": _train, "scale": _scale, "memory": _memory, "checkpoint": _checkpoint, "mask": _mask, "data": _data,
+        "decode": _decode,
+    }  # fmt: skip
     return actions[settings.action](settings)
 
 
@@ -88,7 +105,8 @@ def _refuse_unused(settings: Bench) -> None:
         name for name in settings.model_fields_set - {"action", "recipe"}
         if getattr(settings, name) not in (getattr(stated, name, None), Bench.model_fields[name].default)
     }  # fmt: skip
-    if unused := sorted(given - READS[settings.action]):
+    read = READS[settings.action] - (unread(settings) if settings.action == "scale" else set())
+    if unused := sorted(given - read):
         flag = f"--{unused[0].replace('_', '-')}"
         raise MaekitError(
             "E-CONFIG-IDLE", f"maekit bench {settings.action}", found=flag, expected="settings that it reads",
@@ -129,7 +147,7 @@ def _train(settings: Bench) -> Result:
     contenders = [ours(model, settings.mask_ratio, precision, compiled=settings.compile)]
     contenders += [peer(name, model, settings.mask_ratio, precision, device) for name in settings.vs or []]
     first = {one.name: one.seconds(images) for one in contenders}
-    times = turns(contenders, images, settings.rounds)
+    times = turns({one.name: partial(one.seconds, images) for one in contenders}, settings.rounds)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     best, side = peak(device, dtype)
     seconds = sorted(times["maekit"])
@@ -156,17 +174,6 @@ def _train(settings: Bench) -> Result:
         "versions": {name: peer_version(name) for name in ratios}, "rounds": settings.rounds,
     }  # fmt: skip
     return Result(metrics, "\n".join(_told(settings, contenders, times, metrics, why)))
-
-
-def turns(contenders: list[Contender], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each one's steps, taken in turns; who begins changes every time."""
-    times: dict[str, list[float]] = {one.name: [] for one in contenders}
-    for number in range(rounds + 1):
-        for one in contenders if number % 2 else contenders[::-1]:
-            seconds = one.seconds(images)
-            if number:  # the first warms up
-                times[one.name].append(seconds)
-    return times
 
 
 def _told(
@@ -213,6 +220,36 @@ def _trace(contender: Contender, images: Tensor, place: Path) -> None:
     found.export_chrome_trace(str(place))
 
 
+def _scale(settings: Bench) -> Result:
+    device = resolve_device(settings.device)
+    if settings.over == "threads" and device.type != "cpu":
+        raise MaekitError(
+            "E-CONFIG-IDLE", "--over threads", found=f"device {device}", expected="a CPU", hint="--device cpu"
+        )
+    if settings.out:
+        _make(settings.out)
+    each = varied(settings, lambda one: _model(one, torch.device("meta")))
+    models = {one.img_size: _model(one, device) for one in each.values()}
+    precision, why = _precision(settings, next(iter(models.values())), device)
+    points: list[Point] = []
+    for value, one in each.items():
+        model = models[one.img_size]
+        contender = ours(model, one.mask_ratio, precision, compiled=False)
+        same = [other.contender for other in points if other.contender.model is model]
+        contender.optimizer = (same or [contender])[0].optimizer  # moments once for all points of a model
+        points.append(point(value, one, contender, _images(one, model, device)))
+    found, line = grown(points, settings.rounds)
+    metrics: dict[str, object] = {
+        **describe(device), "model": settings.model, "over": settings.over, "batch_size": settings.batch_size,
+        "mask_ratio": settings.mask_ratio, "img_size": settings.img_size, "precision": precision,
+        "rounds": settings.rounds, "points": [asdict(one) for one in found], "line": asdict(line),
+    }  # fmt: skip
+    if settings.out:
+        write_png(settings.out / "scale.png", as_picture(scale_drawing(metrics), 4.6))
+        write_whole(settings.out / "scale.json", json.dumps(metrics, indent=1).encode())
+    return Result(metrics, "\n".join([f"{settings.model}, {precision}: {why}", *scale_told(metrics)]))
+
+
 def _memory(settings: Bench) -> Result:
     device = resolve_device(settings.device)
     model = _model(settings, torch.device("cpu"))
@@ -229,25 +266,92 @@ def _memory(settings: Bench) -> Result:
     found: dict[str, Held] = {name: held(one) for name, one in (jobs | {name: job(name) for name in peers}).items()}
     base = found[peers[0] if peers else "maekit"]
     against = peers[0] if peers else "maekit"
-    rows: list[tuple[str, ...]] = [("", "MiB at the peak", f"of {against}'s", "s a step", f"of {against}'s")]
+    rows: list[tuple[str, ...]] = [
+        ("", "MiB at the peak", f"of {against}'s", "above weights, moments", "s a step", f"of {against}'s")
+    ]
     rows += [
         (
-            name,
-            f"{one.mib:,.0f}",
-            f"{one.mib / base.mib:.2f}",
-            f"{one.seconds:.3f}",
-            f"{one.seconds / base.seconds:.2f}",
+            name, f"{one.mib:,.0f}", f"{one.mib / base.mib:.2f}", f"{one.mib - one.kept_mib:,.0f}",
+            f"{one.seconds:.3f}", f"{one.seconds / base.seconds:.2f}",
         )
         for name, one in found.items()
-    ]
+    ]  # fmt: skip
     metrics: dict[str, object] = {
         **describe(device), "model": settings.model, "batch_size": settings.batch_size, "precision": precision,
         "mib": {name: one.mib for name, one in found.items()},
+        "kept_mib": {name: one.kept_mib for name, one in found.items()},
         "seconds": {name: one.seconds for name, one in found.items()},
         "of": {name: one.mib / base.mib for name, one in found.items()}, "against": against,
     }  # fmt: skip
     head = f"{settings.model}, batch {settings.batch_size}, {precision} ({why}); each in a process of its own"
     return Result(metrics, "\n".join([head, *aligned(rows)]))
+
+
+def _checkpoint(settings: Bench) -> Result:
+    device = resolve_device(settings.device)
+    model = _model(settings, device)
+    precision, _ = _precision(settings, model, device)
+    every = settings.save_every or _steps_of_an_epoch(settings)
+    trained = ours(model, settings.mask_ratio, precision, compiled=False)
+    with _scratch(settings.out or Path()) as folder:
+        found = costs(trained, _images(settings, model, device), folder, metadata(model), settings.rounds)
+    write = statistics.median(found.waited.write)
+    rates = {"one a minute": found.seconds / 60} | ({f"every {every} steps": found.share(every)} if every else {})
+    rows: list[tuple[str, ...]] = [
+        ("a save, seconds", "loop waits for copy", "writer", "added to training", "least to most")
+    ]
+    rows += [
+        (
+            name, *(f"{statistics.median(seconds):.3g}" for seconds in (cost.stall, cost.write, cost.added)),
+            f"{min(cost.added):.3g} to {max(cost.added):.3g}",
+        )
+        for name, cost in (("beside training, as pretrain saves", found.beside), ("waited for", found.waited))
+    ]  # fmt: skip
+    metrics: dict[str, object] = {
+        **describe(device), "model": settings.model, "batch_size": settings.batch_size, "precision": precision,
+        "bytes": found.bytes, "bytes_per_second": found.bytes / write, "step_seconds": found.step_seconds,
+        "stall_seconds": statistics.median(found.beside.stall), "write_seconds": write,
+        "write_seconds_beside": statistics.median(found.beside.write), "added_seconds": found.seconds,
+        "added_seconds_waited": statistics.median(found.waited.added), "share": rates, "save_every": every,
+        "steps": found.steps, "late": found.late, "rounds": settings.rounds,
+    }  # fmt: skip
+    mega = found.bytes / 1e6
+    lines = [
+        f"{settings.model}, batch {settings.batch_size}, {precision}: {mega:,.1f} MB a checkpoint, written, synced and "
+        f"verified at {mega / write:,.0f} MB/s",
+        f"{settings.rounds} rounds of {found.steps} steps of {found.step_seconds:.4g} s, with and without a save",
+        *aligned(rows),
+        "of training time: " + ", ".join(f"{share:.2%} {name}" for name, share in rates.items()),
+        *([f"{found.late} saves were not written when their round was over"] if found.late else []),
+    ]
+    return Result(metrics, "\n".join(lines))
+
+
+def _steps_of_an_epoch(settings: Bench) -> int | None:
+    if settings.data is None:
+        return None
+    source = open_source(
+        settings.data, "train-or-all", image_column=settings.image_column, label_column=settings.label_column
+    )
+    return -(-len(source) // settings.batch_size)
+
+
+@contextlib.contextmanager
+def _scratch(where: Path) -> Iterator[Path]:
+    """Yield a folder for the time of the block, on the disk that is to be measured."""
+    _make(where)
+    with tempfile.TemporaryDirectory(prefix="maekit-bench-", dir=where) as folder:
+        yield Path(folder)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder that can be written before any time is spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MaekitError("E-ENV-OUT", f"cannot write {folder}", found=error.strerror or error) from error
 
 
 def _mask(settings: Bench) -> Result:
@@ -257,10 +361,11 @@ def _mask(settings: Bench) -> Result:
     images = _images(settings, model, device)
     trained = ours(model, settings.mask_ratio, precision, compiled=False)
     noise = torch.rand(MASKED, model.num_patches, device=device)
-    kinds = {
-        name: (lambda kind=kind, ratio=ratio: draw_masking(kind, noise, model.grid, ratio, settings.mask_unit).mask)
-        for name, (kind, ratio) in MASKS.items()
-    }
+    kinds: dict[str, Callable[[], Tensor]] = {}
+    for name, (kind, ratio) in MASKS.items():
+        with contextlib.suppress(MaekitError):  # this grid cannot have it
+            check_masking(kind, model.grid, ratio, settings.mask_unit)
+            kinds[name] = partial(_drawn, kind, noise, model.grid, ratio, settings.mask_unit)
     drawn: dict[str, list[float]] = {name: [] for name in kinds}
     steps: list[float] = []
     for number in range(settings.rounds + 1):
@@ -280,6 +385,10 @@ def _mask(settings: Bench) -> Result:
     }  # fmt: skip
     head = f"{settings.model}, {precision}: {step:.2f} s for a step of {MASKED} images, from {settings.batch_size}"
     return Result(metrics, "\n".join([head, *aligned(rows)]))
+
+
+def _drawn(kind: str, noise: Tensor, grid: tuple[int, int], ratio: float, unit: int) -> Tensor:
+    return draw_masking(kind, noise, grid, ratio, unit).mask
 
 
 def _data(settings: Bench) -> Result:
