@@ -12,7 +12,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu golden parity conformance lint types format audit build clean
+.PHONY: help install quickstart test test-slow test-gpu golden parity conformance bench lint types format audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,10 @@ parity: $(TOOLS)  ## compare with transformers and timm; renews the table of doc
 
 conformance: $(TOOLS)  ## audit maekit and the peers installed; renews docs/conformance.md (RESULTS=more audits)
 	$(BIN)/python scripts/conformance.py $(RESULTS)
+
+bench: $(TOOLS)  ## measure speed and memory; renews tables of docs/benchmarks.md (ONLY=train CORE=1 PHOTOS=DIR DEVICE=cuda)
+	$(BIN)/python scripts/benchmarks.py --device $(or $(DEVICE),cpu) $(if $(ONLY),--only $(ONLY)) $(if $(CORE),--core $(CORE)) \
+		$(if $(PHOTOS),--photos "$(PHOTOS)")
 
 lint: $(TOOLS)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -255,6 +256,12 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_where() -> None:
     assert (code, exit_code) == ("E-BUG", 1)
     assert "\n" not in line
     assert "--debug" in line
+
+
+def test_an_error_comes_out_of_another_process_as_it_went_in() -> None:
+    error = MaekitError("E-CONFIG-PEER", "setting vs", found="x", expected="y", hint="z")
+    other = pickle.loads(pickle.dumps(error))
+    assert (type(other), str(other), vars(other)) == (MaekitError, str(error), vars(error))
 
 
 def test_messages_go_to_stderr_with_a_word_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,9 @@ class MaekitError(ValueError):
         line = clean(what, 600) + (f": {facts}" if facts else "")
         super().__init__(line + (f". Try: {clean(hint, 400)}" if hint else ""))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self).__new__, (type(self), *self.args), self.__dict__  # what another process gets is the line
+
     def __str__(self) -> str:
         return f"error[{self.code}]: {self.args[0]}"
 

@@ -78,8 +78,8 @@ def bench(settings: Bench | dict[str, Any]) -> Result:
     """Do what the action says.
 
     Returns:
-        for train: images_per_second, step_seconds (p50, p90, p99), flops_per_image, flops_per_second, peak_flops, mfu,
-        shares, ratio ({peer: its seconds over ours}) and their spread.
+        for train: images_per_second, peer_images_per_second, step_seconds (p50, p90, p99), flops_per_image,
+        flops_per_second, peak_flops, mfu, shares, ratio ({peer: its seconds over ours}) and their spread.
 
     Raises:
         MaekitError: E-USAGE-ACTION, E-CONFIG-IDLE for a setting that the action does not read, E-CONFIG-PEER,
@@ -164,6 +164,7 @@ def _train(settings: Bench) -> Result:
         **describe(device), "model": settings.model, "batch_size": settings.batch_size, "precision": precision,
         "precision_why": why, "compile": settings.compile, "mask_ratio": settings.mask_ratio,
         "images_per_second": settings.batch_size / middle,
+        "peer_images_per_second": {name: settings.batch_size / statistics.median(times[name]) for name in ratios},
         "step_seconds": {"p50": middle, "p90": _quantile(seconds, 0.9), "p99": _quantile(seconds, 0.99)},
         "first_step_seconds": first["maekit"],
         "flops_per_image": count, "flops_per_second": reached, "peak_flops": best, "peak_side": side,
@@ -282,6 +283,7 @@ def _memory(settings: Bench) -> Result:
         "kept_mib": {name: one.kept_mib for name, one in found.items()},
         "seconds": {name: one.seconds for name, one in found.items()},
         "of": {name: one.mib / base.mib for name, one in found.items()}, "against": against,
+        "versions": {name: peer_version(name) for name in peers},
     }  # fmt: skip
     head = f"{settings.model}, batch {settings.batch_size}, {precision} ({why}); each in a process of its own"
     return Result(metrics, "\n".join([head, *aligned(rows)]))
