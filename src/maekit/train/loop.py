@@ -34,7 +34,7 @@ from maekit.train.device import World, circumstances, without_peer
 from maekit.train.guard import Guard
 from maekit.train.log import Log
 from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
-from maekit.train.precision import autocast
+from maekit.train.precision import autocast, kept_casts
 from maekit.train.recheck import Recheck, flip_a_bit
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
@@ -342,18 +342,19 @@ def _passes(
     """
     total = torch.zeros((), device=world.device)
     (whole, mine), done, ids = sizes, 0, []
-    for number, batch in enumerate(batches):
-        # after the batch is there: a loader without workers draws from these generators too
-        seed_all(plan.seed, state.step, world.rank, number)
-        weight = len(batch["ids"]) * world.size / whole if mine else 0.0
-        done += len(batch["ids"])
-        ids.append(batch["ids"])
-        if reach("train-memory"):
-            raise torch.OutOfMemoryError("failpoint: tried to allocate 1.50 GiB")
-        with autocast(plan.settings.precision, world.device), _no_sync(call, done < mine):
-            loss = call(batch)["loss"] * weight
-            state.scaler.scale(loss).backward()
-        total += loss.detach().float()
+    with kept_casts(world.device):
+        for number, batch in enumerate(batches):
+            # after the batch is there: a loader without workers draws from these generators too
+            seed_all(plan.seed, state.step, world.rank, number)
+            weight = len(batch["ids"]) * world.size / whole if mine else 0.0
+            done += len(batch["ids"])
+            ids.append(batch["ids"])
+            if reach("train-memory"):
+                raise torch.OutOfMemoryError("failpoint: tried to allocate 1.50 GiB")
+            with autocast(plan.settings.precision, world.device), _no_sync(call, done < mine):
+                loss = call(batch)["loss"] * weight
+                state.scaler.scale(loss).backward()
+            total += loss.detach().float()
     return total, ids
 
 

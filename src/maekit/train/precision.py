@@ -96,6 +96,15 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def kept_casts(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """While open, a weight that one pass has cast is not cast again for the next one.
+
+    torch forgets casts where the outermost autocast ends; this one casts nothing by itself. The weights must stay as
+    they are until its end.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 _torchs = F.scaled_dot_product_attention
 
 
