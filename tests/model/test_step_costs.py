@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maekit.model.mae import MaskedAutoencoder, create_model
+from maekit.model.pca import PatchPCA
+from maekit.model.tokenizer import DalleEncoder, VQTokenizer
 from maekit.train.precision import autocast
 
 CPU = torch.device("cpu")
@@ -184,6 +186,40 @@ def test_a_decoder_of_some_patches_is_nowhere_of_full_length(kind: str) -> None:
     # beside the patches numbers of the noise, to sort and to choose by
     made = Counter(one.name for one in watch.done if any(map(is_long, one.made)))
     assert made == {"clone": 1, "sort": 1, "mul": 1, "remainder": 1}
+
+
+# ------------------------------------------------------------------------------------------ what waits
+
+GOALS: dict[str, dict[str, Any]] = {
+    **{target: {"target": target} for target in ("pixel", "norm_pixel", "low_pass", "hog")},
+    "pca": {"target": "pca", "target_spec": PatchPCA(4, 32, 4, 2).spec},
+    "vq": {"target": "token", "target_spec": VQTokenizer(8, (28, 44), 4, 2).spec},
+    "dalle": {"target": "token", "target_spec": DalleEncoder(8, 2, 8, 2, 1, (7, 11)).spec},
+}  # fmt: skip
+DRAWN: dict[str, dict[str, Any]] = {
+    **{kind: {"mask_kind": kind} for kind in ("random", "block", "centre", "given")},
+    "none": {"mask_kind": "none", "loss_on": "all", "add_noise": 0.3},
+    "learned positions": {"positions": "learned"},
+    "some": {"decode_ratio": 0.25},
+}
+
+
+@pytest.mark.parametrize("changes", GOALS.values(), ids=GOALS)
+def test_no_target_fetches_a_number_or_hands_one_over(changes: dict[str, Any]) -> None:
+    assert not waits(build(**changes))
+
+
+@pytest.mark.parametrize("variant", DRAWN.values(), ids=DRAWN)
+def test_no_mask_fetches_a_number_or_hands_one_over(variant: dict[str, Any]) -> None:
+    assert not waits(build(variant=variant))
+
+
+def waits(model: MaskedAutoencoder) -> list[str]:
+    """Return the operations of a step for which a GPU would be waited: a number read, or a tensor made of some."""
+    given = model.variant.mask_kind == "given"
+    with Watch() as watch:
+        model.loss(torch.randn(3, 2, 28, 44), torch.rand(3, 77), 0.75, torch.rand(3, 77) if given else None).backward()
+    return [one.name for one in watch.done if one.name in ("_local_scalar_dense", "lift_fresh", "nonzero")]
 
 
 # ------------------------------------------------------------------------------------------------ copies

@@ -32,8 +32,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 FETCHING = ("item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor that wait for its device; on a CPU not all of them are operations."""
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
-"""Operations that wait for the device, since the host must know a number or a shape."""
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2", "lift_fresh")
+"""Operations that wait for the device: the host must know a number or a shape, or hands numbers over (the last one)."""
 
 
 @pytest.fixture(scope="module")
