@@ -134,13 +134,13 @@ def test_a_step_after_which_nothing_is_due_fetches_nothing(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [name for name in KINDS if "sdc_check" not in KINDS[name]])
+@pytest.mark.parametrize("kind", [*(name for name in KINDS if "sdc_check" not in KINDS[name]), "fp16"])
 def test_on_a_gpu_no_step_waits_for_the_device(kind: str, train: Callable[..., None], updates: list[Any]) -> None:
     """Torch itself refuses to wait from the second update to the one before the last."""
     modes = {2: "error", 11: "default"}
     updates.append(lambda step: torch.cuda.set_sync_debug_mode(modes[step]) if step in modes else None)
     try:
-        train(**{**KINDS[kind], "device": "cuda", "log_every": 100})
+        train(**{**KINDS.get(kind, {"precision": "fp16"}), "device": "cuda", "log_every": 100})
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
