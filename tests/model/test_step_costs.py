@@ -251,6 +251,15 @@ def test_what_is_moved_and_not_computed(step: list[Done], precision: str) -> Non
     assert not found - bound, found - bound
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_gradient_of_the_patch_kernel_lies_as_the_kernel_does(channels: int) -> None:
+    """DistributedDataParallel copies others, and warns."""
+    model = build(in_chans=channels)
+    model.loss(torch.randn(3, channels, 28, 44), torch.rand(3, 77)).backward()
+    kernel: Any = model.encoder.patch_embed.proj.weight
+    assert kernel.grad.stride() == kernel.stride()
+
+
 def test_fp32_casts_nothing() -> None:
     assert not [one for one in watched(build()) if one.name == "_to_copy"]
 
