@@ -409,6 +409,29 @@ def test_a_fork_server_that_still_imports_ends_with_its_parent(first: str) -> No
             time.sleep(0.05)
 
 
+SERVED = """
+import time
+from multiprocessing import forkserver, resource_tracker
+from maekit.data.workers import start_server
+start_server()
+print(resource_tracker._resource_tracker._pid, forkserver._forkserver._forkserver_pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_no_signal_to_the_whole_group_ends_what_serves_the_workers() -> None:
+    """F13: nor at their very start; a tracker started anew would print a traceback for what it does not know."""
+    with subprocess.Popen([sys.executable, "-c", SERVED], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        servers = [int(word) for word in parent.stdout.readline().split()]
+        for kind in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            for server in servers:
+                os.kill(server, kind)
+        time.sleep(1)
+        assert all(map(_runs, servers))
+        parent.kill()
+
+
 def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

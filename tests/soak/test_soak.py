@@ -70,6 +70,20 @@ def test_a_broken_promise_is_noticed(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_left_of_a_lost_trial_says_what_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(bench: Bench, run: Path, _: Random) -> int:
+        bench.command(run, "--workers", "0").wait()
+        raise Lost("a promise")
+
+    monkeypatch.setitem(KINDS, "clock", (lose, 1))
+    found = soak({"trial": 3, "kinds": "clock", "out": tmp_path})
+    assert found.exit_code == 1
+    assert (tmp_path / "trial-3" / "config.yaml").exists()
+    (said,) = (tmp_path / "trial-3" / "said").iterdir()
+    assert "24 steps" in (said / "stderr").read_text()
+
+
+@pytest.mark.slow
 def test_the_command_draws_the_same_trial_again() -> None:
     """Of damage to the disk: how many steps a kill at some moment costs is the clock's."""
     found = [soak({"seed": 3, "trial": 7, "minutes": 1, "kinds": "flip,truncate,missing,swapped"}) for _ in range(2)]

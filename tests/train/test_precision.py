@@ -1,5 +1,6 @@
 """Attention of bfloat16 on a CPU against float64 and torch's own; what `auto` takes, and why."""
 
+import contextlib
 import shutil
 from typing import Any
 
@@ -15,6 +16,7 @@ from maekit.train.precision import (
     attention,
     autocast,
     best_precision,
+    kept_casts,
     own_attention,
     resolve_precision,
 )
@@ -112,12 +114,31 @@ def test_activations_that_are_computed_anew_in_bf16_change_no_gradient() -> None
     def gradients(anew: bool) -> list[Tensor]:
         model.set_checkpointing(anew)
         model.zero_grad()
-        with autocast("bf16", CPU):
+        with autocast("bf16", CPU, keep_casts=not anew):
             model.loss(images, noise).backward()
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
     for plain, anew in zip(gradients(False), gradients(True), strict=True):
         assert torch.equal(plain, anew)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_casts_that_are_kept_for_the_next_pass_change_no_gradient(anew: bool) -> None:
+    model = create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+                         decoder_dim=32, decoder_depth=2, decoder_heads=2).train()  # fmt: skip
+    model.set_checkpointing(anew)
+    images, noise = torch.randn(6, 3, 32, 32), torch.rand(6, 16)
+
+    def gradients(context: Any) -> list[Tensor]:
+        model.zero_grad()
+        with context:
+            for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+                with autocast("bf16", CPU):
+                    model.loss(images[part], noise[part]).backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    for plain, kept in zip(gradients(contextlib.nullcontext()), gradients(kept_casts(CPU)), strict=True):
+        assert torch.equal(plain, kept)
 
 
 @pytest.mark.slow

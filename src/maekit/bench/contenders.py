@@ -37,6 +37,7 @@ class Contender:
         loss: of images (B, C, H, W).
         precision: "fp32" | "bf16" | "fp16".
         own: maekit's own context of a precision; a peer's is torch's autocast.
+        keep_casts: of maekit's own context, as its loop has it.
         trains: False: forward passes only.
     """
 
@@ -45,6 +46,7 @@ class Contender:
     loss: Callable[[Tensor], Tensor]
     precision: str
     own: bool = False
+    keep_casts: bool = True
     trains: bool = True
     optimizer: torch.optim.Optimizer = field(init=False)
 
@@ -54,7 +56,7 @@ class Contender:
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward pass."""
         if self.own:
-            return autocast(self.precision, device)
+            return autocast(self.precision, device, keep_casts=self.keep_casts)
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
 
@@ -91,7 +93,8 @@ def ours(model: MaskedAutoencoder, mask_ratio: float, precision: str, *, compile
         return made(images, noise, mask_ratio)
 
     made: Any = torch.compile(model.loss, dynamic=False) if compiled else model.loss
-    return Contender("maekit", model.train(), loss, precision, own=True)
+    keep = not model.decoder.checkpointing
+    return Contender("maekit", model.train(), loss, precision, own=True, keep_casts=keep)
 
 
 def turns(runs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:

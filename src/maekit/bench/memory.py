@@ -15,6 +15,7 @@ import torch
 
 from maekit.bench.contenders import Contender, ours, peer
 from maekit.model.mae import create_model
+from maekit.train.allocator import keep_freed_memory
 
 STEPS = 3
 """Steps of which the last is timed; the peak is reached in the second, when the moments are there."""
@@ -81,6 +82,8 @@ def _held(job: Job) -> Held:
 
 def _build(job: Job, device: torch.device) -> Contender:
     if job.name == "maekit":
+        if device.type == "cpu":
+            keep_freed_memory()  # as in training
         model = create_model(**job.spec).to(device)
         model.set_checkpointing(job.checkpointing)
         return ours(model, job.mask_ratio, job.precision, compiled=False)

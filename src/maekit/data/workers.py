@@ -399,15 +399,18 @@ def _end_with_parent() -> None:
 def start_server() -> None:
     """Start the fork server with the signals blocked that a terminal or scheduler sends to the whole group.
 
-    Workers inherit the block, so there is no moment at which such a signal could end them or the server.
+    Workers inherit the block, so there is no moment at which such a signal could end them or the server. Python's
+    resource tracker lifts the block of SIGINT and SIGTERM when it starts, and ignores these two by itself; SIGUSR1
+    would end it, and its successor would not know what the workers give back.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     if not hasattr(signal, "pthread_sigmask"):
         return
-    resource_tracker.ensure_running()  # on its own: it lifts the block when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     os.environ[PARENT] = str(os.getpid())
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         forkserver.ensure_running()
     finally:
         del os.environ[PARENT]

@@ -114,8 +114,8 @@ class Decoder(nn.Module):
         prefix, kept = tokens.split([self.num_prefix, tokens.shape[1] - self.num_prefix], dim=1)
         if self.parts and ids is not None:
             return self._decode_some(prefix, kept, ids_keep, ids)
-        placed = kept if self.full_length else place(kept, ids_keep, self.mask_token, self.num_patches)
-        tokens = torch.cat([prefix, placed], dim=1)
+        if not self.full_length:
+            tokens = torch.cat([prefix, place(kept, ids_keep, self.mask_token, self.num_patches)], dim=1)
         tokens = tokens + self.pos_embed
         if ids is None or ids.shape[1] == self.num_patches:
             return _wanted(self._blocks(tokens)[:, self.num_prefix :], ids)

@@ -164,8 +164,10 @@ def embed_patches(encoder: VisionTransformer, patches: Tensor) -> Tensor:
     A convolution whose stride is its kernel is a linear map of each patch; its weight has the channel slowest.
     """
     projection = encoder.patch_embed.proj
-    weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
-    return encoder.patch_embed.norm(F.linear(patches, weight, projection.bias))
+    weight = projection.weight
+    if weight.shape[1] > 1:  # one channel is in order as it is; DDP would warn of the strides of a permuted gradient
+        weight = weight.permute(0, 2, 3, 1)
+    return encoder.patch_embed.norm(F.linear(patches, weight.flatten(1), projection.bias))
 
 
 @torch.no_grad()

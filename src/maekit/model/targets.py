@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from maekit.errors import MaekitError
 from maekit.model.patches import patchify, select
 from maekit.model.pca import PatchPCA
-from maekit.model.tokenizer import DalleEncoder, VQTokenizer, create_tokenizer
+from maekit.model.tokenizer import DalleEncoder, VQTokenizer, create_tokenizer, per_channel
 
 Target = Literal["norm_pixel", "pixel", "pca", "token", "low_pass", "hog"]
 TARGETS: tuple[str, ...] = get_args(Target)
@@ -161,7 +161,7 @@ class Tokens(Frozen):
 
     def forward(self, images: Tensor, patches: Tensor, ids: Tensor) -> Tensor:
         """Return codes (B, M), int64."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (per_channel(values, images) for values in (self.mean, self.std))
         return self.made.codes((images * std + mean).clamp(0, 1)).gather(1, ids)
 
     def loss(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Tokens(Frozen):
         if pred.shape[1] != self.made.num_patches:
             return pred.new_zeros(*pred.shape[:2], self.patch**2 * self.made.channels)
         images = self.made.decode(pred.argmax(-1))
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (per_channel(values, images) for values in (self.mean, self.std))
         return patchify((images - mean) / std, self.patch)
 
 

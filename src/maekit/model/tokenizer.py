@@ -138,6 +138,11 @@ class VQDecoder(nn.Module):
         return self.patches(F.relu(self.blocks(self.from_code(x))))
 
 
+def per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    """Return values (C, 1, 1) for images (B, C, H, W), filled in on their device: a copy from the host would wait."""
+    return torch.stack([images.new_full((1, 1), value) for value in values])
+
+
 class VQTokenizer(nn.Module):
     """A discrete autoencoder whose grid of codes is that of the patches.
 
@@ -221,14 +226,14 @@ class VQTokenizer(nn.Module):
         """
         with torch.autocast(images.device.type, enabled=False):
             images = _resized(_checked(images, self.channels), self.img_size)
-            vectors = self.encoder((images - self._channel(self.mean, images)) / self._channel(self.std, images))
+            vectors = self.encoder((images - per_channel(self.mean, images)) / per_channel(self.std, images))
             return self.codebook.nearest(vectors.flatten(0, 1)).view(vectors.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Return the images (B, C, H, W) in 0..1 that codes (B, N) stand for."""
         pixels = self.decoder(self.codebook.codes[codes], self.grid).float()
-        return (pixels * self._channel(self.std, pixels) + self._channel(self.mean, pixels)).clamp(0, 1)
+        return (pixels * per_channel(self.std, pixels) + per_channel(self.mean, pixels)).clamp(0, 1)
 
     def at_grid(self, grid: Pair, channels: int) -> "VQTokenizer":
         """Return it, for images of such a grid and so many channels.
@@ -246,10 +251,6 @@ class VQTokenizer(nn.Module):
                 hint="maekit tokenizer with the img_size and patch_size of this run",
             )
         return self
-
-    @staticmethod
-    def _channel(values: tuple[float, ...], images: Tensor) -> Tensor:
-        return torch.tensor(values, device=images.device).view(-1, 1, 1)
 
 
 class Conv(nn.Module):

@@ -47,6 +47,7 @@ from maekit.tasks import Result
 from maekit.tasks.pretrain import new_model
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
+from maekit.train.allocator import keep_freed_memory
 from maekit.train.device import check_compiler, cpu_model, resolve_device
 from maekit.train.precision import best_precision, resolve_precision
 
@@ -91,6 +92,8 @@ def bench(settings: Bench | dict[str, Any]) -> Result:
     _refuse_unused(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.action != "memory" and resolve_device(settings.device).type == "cpu":
+        keep_freed_memory()  # as in training; peers that take turns in this process have it, too
     actions = {
         "train": _train, "scale": _scale, "memory": _memory, "checkpoint": _checkpoint, "mask": _mask, "data": _data,
         "decode": _decode,

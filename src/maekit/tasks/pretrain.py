@@ -118,6 +118,7 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
         settings.model_copy(update={"precision": resolved.precision}),
         settings.seed,
         metadata(model),
+        keep_casts=not settings.checkpointing,
         narrowed=narrowed(run, settings, resolved),
     )
     say_what_runs("pretrain", model, source, plan.schedule.total, here, resolved)

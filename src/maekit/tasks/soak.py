@@ -113,11 +113,12 @@ def _trials(settings: Soak, kinds: list[str], bench: Bench) -> dict[str, Tally]:
         kind = random.choices(kinds, [KINDS[kind][1] for kind in kinds])[0]
         run = bench.folder / f"trial-{number}"
         tallies[kind].trials += 1
+        before = bench.children.count
         try:
             tallies[kind].worst = max(tallies[kind].worst, KINDS[kind][0](bench, run, random))
         except Lost as error:
             tallies[kind].lost.append((number, str(error)))
-            log.warning("LOST trial %d, %s: %s%s", number, kind, error, _kept(settings, run))
+            log.warning("LOST trial %d, %s: %s%s", number, kind, error, _kept(settings, run, bench, before))
         shutil.rmtree(run, ignore_errors=True)
         if settings.trial is not None:
             break
@@ -129,14 +130,16 @@ def _trials(settings: Soak, kinds: list[str], bench: Bench) -> dict[str, Tally]:
     return tallies
 
 
-def _kept(settings: Soak, run: Path) -> str:
-    """Keep the folder of a trial that lost something."""
+def _kept(settings: Soak, run: Path, bench: Bench, before: int) -> str:
+    """Keep the folder of a trial that lost something, and what its commands said: those after so many."""
     if settings.out is None:
         return ""
     place = settings.out / run.name
     shutil.rmtree(place, ignore_errors=True)
     if run.exists():
         shutil.copytree(run, place)
+    for number in range(before + 1, bench.children.count + 1):
+        shutil.copytree(bench.children.folder / str(number), place / "said" / str(number))
     return f" (kept in {place})"
 
 

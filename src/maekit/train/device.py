@@ -25,6 +25,7 @@ from torch import nn
 
 from maekit.errors import MaekitError
 from maekit.settings import PEER_TIMEOUT
+from maekit.train.allocator import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -177,11 +178,13 @@ def world(device: str, peer_timeout: float = PEER_TIMEOUT) -> Iterator[World]:
         MaekitError: E-ENV-PEER if one does not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = resolve_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if size == 1:
-        yield World(0, 1, resolve_device(device))
+        yield World(0, 1, chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = resolve_device(device)
     if chosen.type == "cuda":
         chosen = resolve_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)

@@ -34,7 +34,7 @@ from maekit.train.device import World, circumstances, without_peer
 from maekit.train.guard import Guard
 from maekit.train.log import Log
 from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
-from maekit.train.precision import autocast
+from maekit.train.precision import autocast, kept_casts
 from maekit.train.recheck import Recheck, flip_a_bit
 from maekit.train.saver import Saver
 from maekit.train.schedule import Schedule
@@ -74,6 +74,7 @@ class Plan:
         metadata: written into the weights of every checkpoint, so that they load by themselves.
         eval_every: steps between scores; 0: only at the end.
         keep_best: score whose best weights stay in ``best/``, those of their average in ``best-ema/``; empty: none do.
+        keep_casts: weights in half precision stay for the whole step; without, less memory is taken.
         narrowed: told the images per pass when memory was too small for more, to go on with them later, too.
     """
 
@@ -83,6 +84,7 @@ class Plan:
     metadata: dict[str, str]
     eval_every: int = 0
     keep_best: str = ""
+    keep_casts: bool = True
     narrowed: Callable[[int], None] = lambda _: None
 
 
@@ -342,18 +344,21 @@ def _passes(
     """
     total = torch.zeros((), device=world.device)
     (whole, mine), done, ids = sizes, 0, []
-    for number, batch in enumerate(batches):
-        # after the batch is there: a loader without workers draws from these generators too
-        seed_all(plan.seed, state.step, world.rank, number)
-        weight = len(batch["ids"]) * world.size / whole if mine else 0.0
-        done += len(batch["ids"])
-        ids.append(batch["ids"])
-        if reach("train-memory"):
-            raise torch.OutOfMemoryError("failpoint: tried to allocate 1.50 GiB")
-        with autocast(plan.settings.precision, world.device), _no_sync(call, done < mine):
-            loss = call(batch)["loss"] * weight
-            state.scaler.scale(loss).backward()
-        total += loss.detach().float()
+    precision = plan.settings.precision
+    with kept_casts(world.device) if plan.keep_casts else contextlib.nullcontext():
+        for number, batch in enumerate(batches):
+            # after the batch is there: a loader without workers draws from these generators too
+            seed_all(plan.seed, state.step, world.rank, number)
+            weight = len(batch["ids"]) * world.size / whole if mine else 0.0
+            done += len(batch["ids"])
+            ids.append(batch["ids"])
+            if reach("train-memory"):
+                raise torch.OutOfMemoryError("failpoint: tried to allocate 1.50 GiB")
+            pass_ = autocast(precision, world.device, keep_casts=plan.keep_casts)
+            with pass_, _no_sync(call, done < mine):
+                loss = call(batch)["loss"] * weight
+                state.scaler.scale(loss).backward()
+            total += loss.detach().float()
     return total, ids
 
 

@@ -81,20 +81,32 @@ def _cpu_does_bf16() -> bool:
 
 
 @contextlib.contextmanager
-def autocast(precision: str, device: torch.device) -> Iterator[None]:
+def autocast(precision: str, device: torch.device, *, keep_casts: bool = True) -> Iterator[None]:
     """Let a pass run at this precision: "fp32" changes nothing.
 
     The backward pass belongs inside, too: with activation checkpointing it computes forward passes again, which have to
-    be the same ones. Weights in half precision are not kept until its end: every one is used once in a pass, so torch's
-    cache of them would serve nobody.
+    be the same ones.
+
+    Args:
+        keep_casts: weights in half precision stay until the end, for what is computed again, and with `kept_casts` for
+            the next pass; without, they are cast when they are needed, and take no memory.
     """
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in kinds:
         yield
         return
     own = own_attention() if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, kinds[precision], cache_enabled=False), own:
+    with torch.autocast(device.type, kinds[precision], cache_enabled=keep_casts), own:
         yield
+
+
+def kept_casts(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """While open, a weight that one pass has cast is not cast again for the next one.
+
+    torch forgets casts where the outermost autocast ends; this one casts nothing by itself. The weights must stay as
+    they are until its end.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 _torchs = F.scaled_dot_product_attention
