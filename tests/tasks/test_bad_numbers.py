@@ -1,6 +1,7 @@
 """Bad numbers and too little memory in real trainings: what is said, what stays, how the bad step is made again."""
 
 import json
+import logging
 import resource
 import shutil
 import subprocess
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import maekit as package
 from maekit.cli import main
+from maekit.config import resolve
 from maekit.errors import MaekitError
+from maekit.settings import Pretrain
+from maekit.tasks.pretrain import new_model
 from maekit.tasks.replay import replay
+from maekit.train import memory
 from maekit.train.checkpoint import newest
 
 Run = Callable[..., Any]
@@ -146,3 +152,28 @@ def test_a_process_without_memory_says_so_in_one_line(flat: Path, tmp_path: Path
     assert done.returncode == 5, done.stderr
     assert "E-ENV-MEMORY" in done.stderr and "40 images per pass" in done.stderr and "--micro-batch 20" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_pass_has_as_many_images_as_memory_holds(
+    flat: Path, tiny: dict[str, Any], tmp_path: Path, records: Callable[[Path], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """F40: asked before the first step, of what the container may take; the samples stay the same."""
+    settings = {**tiny, "data": str(flat)}
+    package.pretrain({**settings, "out": tmp_path / "plenty"})
+    model = new_model(resolve(Pretrain, flags=settings)[0], 1).train()
+
+    def loss(images: int) -> torch.Tensor:
+        return model.loss(torch.empty(images, 1, 28, 28), torch.rand(images, 16), 0.6)
+
+    found = memory.Passes(model, loss, 16, 28 * 28).kept("fp32")
+    allowed = tmp_path / "memory.max"
+    allowed.write_text(str(int((found.fixed + 2.5 * found.per_image) / memory.ROOM)))
+    monkeypatch.setattr(memory, "CGROUP", allowed)
+    with caplog.at_level(logging.INFO, "maekit"):
+        package.pretrain({**settings, "out": tmp_path / "little"})
+    assert "2 images per pass: memory holds no more" in caplog.text
+    config = yaml.safe_load((tmp_path / "little" / "config.yaml").read_text())
+    assert config["resolved"]["micro_batch"] == 2
+    for one, other in zip(records(tmp_path / "plenty"), records(tmp_path / "little"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)

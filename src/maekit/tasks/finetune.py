@@ -1,12 +1,14 @@
 """Train encoder and head on images with classes, tags or numbers, from pre-trained or random weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from maekit.data.augment import EvalView, FinetuneView, default_crop_pct
 from maekit.data.sources import Source, hold_out
@@ -37,6 +39,7 @@ from maekit.tasks.training import (
 )
 from maekit.train.device import World, world
 from maekit.train.loop import Plan
+from maekit.train.memory import Passes
 from maekit.train.optim import adamw, finetune_groups
 from maekit.train.schedule import schedule
 
@@ -146,9 +149,14 @@ def training(
     )
     model = _classifier(settings, origin, len(goal.names))
     channels_of(train, len(origin.mean))
+
+    def made_up(images: int) -> Tensor:
+        return model(torch.empty(images, len(origin.mean), *origin.img_size)).sum()
+
     resolved = prepare(
-        run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names, beside=parts.beside
-    )
+        run, settings, settings, train, here, origin, statistics=statistics, classes=goal.names, beside=parts.beside,
+        passes=Passes(model, made_up, origin.num_patches, origin.encoder.in_chans * math.prod(origin.img_size)),
+    )  # fmt: skip
     model.to(here.device)
     view = replace(view, fill=tuple(round(255 * value) for value in resolved.mean))
     loader = train_loader(

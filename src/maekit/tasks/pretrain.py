@@ -1,6 +1,7 @@
 """Pre-train a masked autoencoder: images -> run folder with weights, curves and pictures (arXiv 2111.06377)."""
 
 import logging
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -41,6 +42,7 @@ from maekit.tasks.training import (
 from maekit.train.checkpoint import newest
 from maekit.train.device import World, world
 from maekit.train.loop import Plan
+from maekit.train.memory import Passes
 from maekit.train.optim import adamw, pretrain_groups
 from maekit.train.schedule import schedule
 
@@ -102,11 +104,18 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
+    model.train().set_checkpointing(settings.checkpointing)
+
+    def made_up(images: int) -> Tensor:
+        pixels = torch.empty(images, channels, *model.img_size)
+        scores = None if masks is None else torch.rand(images, model.num_patches)
+        return model.loss(pixels, torch.rand(images, model.num_patches), settings.mask_ratio, scores)
+
     resolved = prepare(
-        run, settings, settings, source, here, model, statistics=statistics, masks=masks, repeats=settings.repeats
-    )
-    model.to(here.device).train()
-    model.set_checkpointing(settings.checkpointing)
+        run, settings, settings, source, here, model, statistics=statistics, masks=masks, repeats=settings.repeats,
+        passes=Passes(model, made_up, model.num_patches, model.encoder.in_chans * math.prod(model.img_size)),
+    )  # fmt: skip
+    model.to(here.device)
 
     loader = train_loader(
         source, view, settings, resolved, here, run,

@@ -30,6 +30,7 @@ from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating
 from maekit.tasks.same_data import Read, compared, write_down
 from maekit.train.device import World, check_compiler, launch
 from maekit.train.loop import Evaluate, Outcome, Plan, Step, fit
+from maekit.train.memory import ROOM, Passes, memory_of
 from maekit.train.precision import resolve_precision
 from maekit.train.schedule import schedule
 
@@ -93,6 +94,7 @@ def prepare(
     statistics: Statistics | None = None,
     classes: list[str] | None = None,
     per_pass: int | None = None,
+    passes: Passes | None = None,
     beside: Mapping[str, Source] | None = None,
     masks: Masks | None = None,
     repeats: int = 1,
@@ -110,7 +112,9 @@ def prepare(
         statistics: mean and std to use in place of measured ones.
         beside: images that are not trained on, by what they are for.
         masks: given ones.
-        per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`.
+        per_pass: images of one pass when ``micro_batch`` is auto; default: as many as make `PATCHES_PER_PASS`, on a GPU
+            as many as its memory holds.
+        passes: show what is kept in memory: a pass has no more images than that holds.
         repeats: samples of each image.
 
     Raises:
@@ -135,13 +139,15 @@ def prepare(
         _same_classes(known, classes)
         model.set_statistics(known.mean, known.std)
         return _again(known, loop, batch, world)
-    per_pass = per_pass or max(1, PATCHES_PER_PASS // model.num_patches)
-    parts = micro_batch(loop, batch, world.size, per_pass)
-    in_epoch = steps_per_epoch(samples, batch, loop.drop_last)
-    schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     precision = resolve_precision(loop.precision, world.device, model.encoder.embed_dim)
     if loop.precision == "auto" and world.any(precision == "fp32"):  # machines may differ
         precision = "fp32"
+    per_pass = per_pass or max(1, PATCHES_PER_PASS // model.num_patches)
+    if passes is not None and loop.micro_batch == "auto":
+        per_pass = _held(passes, precision, per_pass, batch, world)
+    parts = micro_batch(loop, batch, world.size, per_pass)
+    in_epoch = steps_per_epoch(samples, batch, loop.drop_last)
+    schedule(loop, in_epoch, batch)  # what is wrong with it is said before anything is read
     found = measured(source, len(model.mean), settings.bad_images)
     mean, std = statistics or found
     model.set_statistics(mean, std)
@@ -165,6 +171,18 @@ def prepare(
         describe(run, settings, resolved)
     write_down(run, settings, read, world)
     return resolved
+
+
+def _held(passes: Passes, precision: str, per_pass: int, batch: int, world: World) -> int:
+    """Return how many images a pass may have: on a CPU no more than `per_pass`: its caches are small."""
+    mine, memory = math.ceil(batch / world.size), memory_of(world.device)
+    most = mine if world.device.type == "cuda" else min(per_pass, mine)
+    small = passes.at_most(most) < ROOM * memory
+    fit = most if small else min(most, passes.kept(precision).images(memory))
+    fit = int(world.gather(torch.tensor([fit])).min())  # every process makes the same passes
+    if fit < most:
+        log.info("%d images per pass: memory holds no more", fit)
+    return fit
 
 
 def _same_classes(known: Resolved, classes: list[str] | None) -> None:
