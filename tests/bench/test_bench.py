@@ -42,6 +42,20 @@ def test_the_figures_of_a_step_belong_together(small: None, tmp_path: Path) -> N
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
+def test_whether_compiling_pays_is_told(small: None) -> None:
+    done = bench({**TINY, "action": "train", "rounds": 3, "precision": "fp32", "compile": True})
+    found: Any = done.metrics
+    saved = found["step_seconds"]["p50"] * (found["compiled_is_faster"] - 1)
+    assert found["ratio"] == {} and "maekit, not compiled" in done.text
+    if saved > 0:
+        steps = (found["first_step_seconds"] - found["step_seconds"]["p50"]) / saved
+        assert found["compiling_pays_after_steps"] == pytest.approx(steps, abs=1.01)
+        assert f"pays from {found['compiling_pays_after_steps']:,} steps on" in done.text
+    else:
+        assert found["compiling_pays_after_steps"] is None and "never pays" in done.text
+
+
 MODEL: dict[str, Any] = {
     "name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
     "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,

@@ -8,6 +8,7 @@ Model FLOPs are those of `maekit.model.flops`; MFU is their share of that peak.
 import contextlib
 import json
 import logging
+import math
 import statistics
 import tempfile
 import time
@@ -69,6 +70,8 @@ MASKS = {
     "random 75 %": ("random", 0.75), "block 50 %": ("block", 0.5), "block 75 %": ("block", 0.75),
     "grid 75 %": ("grid", 0.75), "centre 25 %": ("centre", 0.25),
 }  # fmt: skip
+EAGER = "maekit, not compiled"
+"""Contender beside a compiled one."""
 MOST_FILES = 500
 """Photographs that decoding is measured on."""
 MASKED = 256
@@ -80,7 +83,8 @@ def bench(settings: Bench | dict[str, Any]) -> Result:
 
     Returns:
         for train: images_per_second, peer_images_per_second, step_seconds (p50, p90, p99), flops_per_image,
-        flops_per_second, peak_flops, mfu, shares, ratio ({peer: its seconds over ours}) and their spread.
+        flops_per_second, peak_flops, mfu, shares, ratio ({peer: its seconds over ours}) and their spread; with compile
+        first_step_seconds, compiled_is_faster, compiling_pays_after_steps.
 
     Raises:
         MaekitError: E-USAGE-ACTION, E-CONFIG-IDLE for a setting that the action does not read, E-CONFIG-PEER,
@@ -149,6 +153,11 @@ def _train(settings: Bench) -> Result:
     images = _images(settings, model, device)
     contenders = [ours(model, settings.mask_ratio, precision, compiled=settings.compile)]
     contenders += [peer(name, model, settings.mask_ratio, precision, device) for name in settings.vs or []]
+    eager = contenders[0]
+    if settings.compile:
+        eager = ours(model, settings.mask_ratio, precision, compiled=False)
+        eager.name = EAGER
+        contenders.append(eager)
     first = {one.name: one.seconds(images) for one in contenders}
     times = turns({one.name: partial(one.seconds, images) for one in contenders}, settings.rounds)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -159,7 +168,7 @@ def _train(settings: Bench) -> Result:
     reached = count * settings.batch_size / middle
     ratios = {name: sorted(a / b for a, b in zip(times[name], times["maekit"], strict=True)) for name in times}
     del ratios["maekit"]
-    eager = ours(model, settings.mask_ratio, precision, compiled=False) if settings.compile else contenders[0]
+    ratios.pop(EAGER, None)
     parts = shares(eager, images)
     if settings.profile:
         _trace(eager, images, settings.profile)
@@ -169,7 +178,7 @@ def _train(settings: Bench) -> Result:
         "images_per_second": settings.batch_size / middle,
         "peer_images_per_second": {name: settings.batch_size / statistics.median(times[name]) for name in ratios},
         "step_seconds": {"p50": middle, "p90": _quantile(seconds, 0.9), "p99": _quantile(seconds, 0.99)},
-        "first_step_seconds": first["maekit"],
+        "first_step_seconds": first["maekit"], **_worth(first, times),
         "flops_per_image": count, "flops_per_second": reached, "peak_flops": best, "peak_side": side,
         "mfu": reached / best, "shares": parts,
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
@@ -178,6 +187,15 @@ def _train(settings: Bench) -> Result:
         "versions": {name: peer_version(name) for name in ratios}, "rounds": settings.rounds,
     }  # fmt: skip
     return Result(metrics, "\n".join(_told(settings, contenders, times, metrics, why)))
+
+
+def _worth(first: dict[str, float], times: dict[str, list[float]]) -> dict[str, object]:
+    """Return how much faster a compiled step is, and after how many the compiling has paid; None: never."""
+    if EAGER not in times:
+        return {}
+    eager, compiled = (statistics.median(times[name]) for name in (EAGER, "maekit"))
+    steps = math.ceil((first["maekit"] - compiled) / (eager - compiled)) if eager > compiled else None
+    return {"compiled_is_faster": eager / compiled, "compiling_pays_after_steps": steps}
 
 
 def _told(
@@ -205,7 +223,10 @@ def _told(
         f"{found['peak_flops'] / 1e9:,.0f} in a square product of {found['peak_side']}: MFU {found['mfu']:.0%}"
     )
     if settings.compile:
-        yield f"compiled: the first step took {found['first_step_seconds']:.1f} s"
+        steps, faster = found["compiling_pays_after_steps"], found["compiled_is_faster"]
+        pays = f"which pays from {steps:,} steps on" if steps else "which never pays"
+        first = f"compiled: the first step took {found['first_step_seconds']:.1f} s"
+        yield f"{first}, the others are {faster:.2f} times as fast as uncompiled ones, {pays}"
     yield "of a step: " + ", ".join(f"{name} {found['shares'][name]:.0%}" for name in PARTS)
     if settings.profile:
         yield f"trace: {settings.profile}"
