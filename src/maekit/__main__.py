@@ -1,8 +1,6 @@
 """The command, as ``python -m maekit``."""
 
-import sys
-
-from maekit.cli import main
+from maekit.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

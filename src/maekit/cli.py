@@ -269,6 +269,14 @@ class Line:
     config: Path | None
 
 
+def command() -> NoReturn:
+    """Be the process of a command: once its exit code is known, a signal to stop it changes that no more."""
+    code = main()
+    for kind in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(kind, signal.SIG_IGN)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 

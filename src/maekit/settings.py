@@ -151,7 +151,7 @@ class Machine(Settings):
 class Processes(Machine):
     """Where it runs"""
 
-    nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
+    nproc: int = setting(1, "processes to start on this machine", ge=1, resume="free")
     peer_timeout: float = setting(
         PEER_TIMEOUT, "seconds to wait for another process before giving up", gt=0, resume="free"
     )
@@ -362,7 +362,7 @@ class Loop(Settings):
         "insist on going on with the run in --out, or with --no-resume on a new one; default: go on if there is one",
         resume="free",
     )
-    nproc: int = setting(1, "processes to start on this machine (torchrun's launcher)", ge=1, resume="free")
+    nproc: int = setting(1, "processes to start on this machine", ge=1, resume="free")
     peer_timeout: float = setting(
         PEER_TIMEOUT, "seconds to wait for another process before giving up", gt=0, resume="free"
     )

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from maekit import failpoints
-from maekit.cli import VERBS, main
+from maekit.cli import VERBS, command
 
 
 def _tell(**facts: Any) -> None:
@@ -38,7 +38,7 @@ def _start(
     time.tzset()
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     sys.argv = ["maekit", *argv]
-    sys.exit(main())
+    command()
 
 
 def _line() -> bytes:

@@ -1,5 +1,6 @@
 """Pre-training from end to end: the command, its run folder, and that nothing which may differ changes a bit."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -398,6 +399,61 @@ def test_a_signal_to_two_processes_saves_and_the_same_command_goes_on(
     step = command.json["steps"]
     done = background(*words, "--stop-at", step + 3).wait()
     assert done.code == 75 and done.json["steps"] == step + 3
+
+
+def group(leader: int) -> list[Path]:
+    """Return the folders in /proc of a process group."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((place / "stat").read_text().rpartition(")")[2].split()[2]) == leader:
+                found.append(place)
+    return found
+
+
+def listened_at(leader: int) -> set[str]:
+    """Return the addresses, as the kernel writes them, at which a process group waits for connections."""
+    sockets = set()
+    for place in group(leader):
+        with contextlib.suppress(OSError):
+            sockets |= {os.readlink(file) for file in (place / "fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="asks Linux")
+def test_two_processes_listen_to_this_machine_alone(
+    background: Run, until: Run, words: list[str], tmp_path: Path
+) -> None:
+    """T12: nothing of a run can be reached from the network; torchrun's store could, and was read with pickle."""
+    command = background(*words, "--nproc", "2", "--steps", "2000")
+    seen: set[str] = set()
+
+    def ready() -> bool:
+        seen.update(listened_at(command.pid))
+        return (tmp_path / "run/metrics.jsonl").exists()
+
+    until(ready)
+    seen |= listened_at(command.pid)
+    command.send(signal.SIGTERM)
+    command.wait()
+    assert command.code == 75, command.stderr
+    assert seen == {"0100007F"}  # 127.0.0.1, where tensors are exchanged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_two_processes_are_ready_ends_them_with_its_code(
+    background: Run, words: list[str], kind: signal.Signals
+) -> None:
+    """F13."""
+    command = background(*words, "--nproc", "2")
+    time.sleep(1)  # they import torch
+    command.send(kind)
+    command.wait()
+    assert command.code == 128 + kind, command.stderr
+    assert "Traceback" not in command.stderr and command.group_is_gone(10)
 
 
 @pytest.mark.slow

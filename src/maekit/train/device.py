@@ -11,10 +11,14 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import connection, resource_tracker
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -28,6 +32,12 @@ from maekit.settings import PEER_TIMEOUT
 from maekit.train.allocator import keep_freed_memory
 
 T = TypeVar("T")
+STORE = "MAEKIT_STORE"
+"""Variable that names the file through which the processes of `launch` meet."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals by which a run is stopped."""
+TO_END = 30.0
+"""Seconds that processes have to end once another one has failed."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ def check_compiler(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def world(device: str, peer_timeout: float = PEER_TIMEOUT) -> Iterator[World]:
-    """Join the processes of this run (torchrun's environment) or be the only one; leave them at the end.
+    """Join the processes of this run (of `launch`, or in torchrun's environment) or be the only one; leave them then.
 
     gloo on CPU, nccl on CUDA with a gloo group beside it.
 
@@ -185,12 +195,14 @@ def world(device: str, peer_timeout: float = PEER_TIMEOUT) -> Iterator[World]:
         yield World(0, 1, chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    meet = f"file://{os.environ[STORE]}" if STORE in os.environ else "env://"
     if chosen.type == "cuda":
         chosen = resolve_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
     waits = timedelta(seconds=peer_timeout)
     try:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=waits)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=meet, rank=rank, world_size=size, timeout=waits)
     except RuntimeError as error:
         raise MaekitError(
             "E-ENV-PEER", f"process {rank} of {size}", found=f"no word of all others: {str(error).splitlines()[0]}",
@@ -243,52 +255,91 @@ def without_peer(error: RuntimeError, step: int, saved_at: int, run: Path) -> Ma
 
 
 def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
-    """Run `task` in `nproc` processes on this machine through torchrun's launcher; return what rank 0 returned.
+    """Run `task` in `nproc` processes on this machine; return what rank 0 returned.
+
+    They meet through a file in a folder that is this user's alone, and exchange tensors over the loopback interface.
+    torchrun's launcher would open a store to the whole network, and load Python objects from it.
 
     Raises:
-        SystemExit: with the exit code of the first process that failed (its message is on stderr already).
+        SystemExit: with the exit code of the first process that failed (its message is on stderr already), or that of a
+            signal that came before the processes had taken over.
         MaekitError: E-ENV-PEER if a signal ended it, as the system does when memory is short.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id="maekit",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-        signals_to_handle="SIGHUP,SIGQUIT",  # those by which a run is stopped are ours: `_forwarded`
-    )
     threads = max(1, (os.cpu_count() or 1) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # the child's own line is on stderr; the launcher would add tracebacks to it, and whom it ended after that
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with _forwarded(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            return elastic_launch(config, _in_child)(task, *args)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise MaekitError(
-                "E-ENV-PEER", f"process {rank} of {nproc}", found=f"its end by {name}",
-                hint="--micro-batch with fewer images if memory was the reason; the same command goes on from the "
-                "newest checkpoint, if there is one",
-            ) from None  # fmt: skip
-        raise SystemExit(failure.exitcode) from None
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
+        children = [
+            context.Process(target=_in_child, args=(rank, nproc, f"{folder}/{STORE.lower()}", sender, task, args))
+            for rank in range(nproc)
+        ]
+        with _forwarded(STOPS) as forwarded:
+            with _blocked(STOPS):
+                resource_tracker.ensure_running()  # at its start it lifts the block of two of them
+            with _blocked(STOPS):  # until the processes can say how they end
+                for child in children:
+                    child.start()
+            sender.close()
+            found, failed = _until_ended(children, receiver)
+    if failed is None:
+        return found[0]
+    code = failed.exitcode or 0
+    if -code in forwarded:
+        raise SystemExit(128 - code)
+    if code < 0:
+        raise MaekitError(
+            "E-ENV-PEER", f"process {children.index(failed)} of {nproc}",
+            found=f"its end by {signal.Signals(-code).name}",
+            hint="--micro-batch with fewer images if memory was the reason; the same command goes on from the "
+            "newest checkpoint, if there is one",
+        )  # fmt: skip
+    raise SystemExit(code)
+
+
+def _until_ended(children: list[SpawnProcess], receiver: Any) -> tuple[list[Any], SpawnProcess | None]:
+    """Wait for all processes; return what was received, and the first that failed, after which the others are ended."""
+    left, found, failed = {child.sentinel: child for child in children}, [], None
+    waited: list[Any] = [receiver, *left]
+    while left:
+        for ready in connection.wait(waited):
+            if ready is receiver:
+                try:
+                    found.append(receiver.recv())
+                except EOFError:  # every process has ended
+                    waited.remove(receiver)
+                continue
+            waited.remove(ready)
+            child = left.pop(ready)  # type: ignore[call-overload]
+            child.join()
+            if child.exitcode and failed is None:
+                failed = child
+                for other in left.values():
+                    other.terminate()
+        if failed is not None:
+            end = time.monotonic() + TO_END
+            for other in left.values():
+                other.join(max(0.0, end - time.monotonic()))
+                other.kill()
+                other.join()
+            break
+    while not found and failed is None and receiver.poll(0):
+        found.append(receiver.recv())
+    return found, failed
 
 
 @contextlib.contextmanager
-def _forwarded(*kinds: signal.Signals) -> Iterator[None]:
-    """Hand signals on to the started processes, which save and end; this one waits for what they return."""
+def _forwarded(kinds: Iterable[signal.Signals]) -> Iterator[set[int]]:
+    """Hand signals on to the started processes, which save and end; this one waits for what they return.
+
+    Yields the numbers of those that came.
+    """
+    came: set[int] = set()
 
     def forward(number: int, _: FrameType | None) -> None:
+        came.add(number)
         for pid in (process.pid for process in multiprocessing.active_children()):
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -298,19 +349,48 @@ def _forwarded(*kinds: signal.Signals) -> Iterator[None]:
     try:
         with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
             before = {kind: signal.signal(kind, forward) for kind in kinds}
-        yield
+        yield came
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-def _in_child(task: Callable[..., T], *args: Any) -> T:
-    if int(os.environ["RANK"]) == 0:
+@contextlib.contextmanager
+def _blocked(kinds: Iterable[signal.Signals]) -> Iterator[None]:
+    """Let signals wait, here and in processes that are started."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _in_child(rank: int, size: int, store: str, sender: Any, task: Callable[..., T], args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), STORE: store}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    if rank == 0:
         logging.basicConfig(level=logging.INFO, format="maekit: %(message)s", stream=sys.stderr)
     try:
-        return task(*args)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # one that has waited comes here
+        done = task(*args)
     except MaekitError as error:
-        if int(os.environ["RANK"]) > 0:  # a mistake of all is told by the first, and the launcher then ends the others
+        if rank > 0:  # a mistake of all is told by the first, and then the others are ended
             time.sleep(3)
         sys.stderr.write(f"maekit: {error}\n")
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    if rank == 0:
+        sender.send(done)
+
+
+def _stop_with_parent() -> None:
+    """Save and end when the process that started this one is gone, also by kill -9."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGINT)
