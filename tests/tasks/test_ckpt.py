@@ -10,6 +10,7 @@ import pytest
 import maekit as package
 from maekit.errors import MaekitError
 from maekit.tasks.ckpt import ckpt
+from maekit.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,16 @@ def test_what_it_cannot_do_is_one_line(asked: dict[str, Any], code: str) -> None
     with pytest.raises(MaekitError) as caught:
         ckpt(asked)
     assert caught.value.code == code
+
+
+def test_repair_leaves_alone_what_the_disk_does_not_give(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F4: it may be whole; reading /proc/self/mem from its beginning is an EIO that stays."""
+    monkeypatch.setattr(checkpoint, "WAITS", (0.01, 0.01, 0.01))
+    manifest = run / "checkpoints/step-12/manifest.json"
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    found = ckpt({"action": "repair", "run": str(run)})
+    assert found.metrics["newest"] == 11 and found.metrics["done"] == [] and manifest.is_symlink()
+    assert "left alone: " in caplog.text and "the disk fails" in caplog.text

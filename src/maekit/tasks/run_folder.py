@@ -163,8 +163,7 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         with alone(run.path), _signals_interrupt():
             return work()
     except (KeyboardInterrupt, SystemExit):
-        folders = sorted(run.path.rglob("checkpoints"))  # a quickstart's are those of its stages
-        saved = next((found for folder in folders if (found := checkpoint.newest(folder))), None)
+        saved = _saved(run.path)
         if saved is None:
             _take_away(run)
             raise
@@ -172,6 +171,15 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
     except BaseException:
         _take_away(run)
         raise
+
+
+def _saved(path: Path) -> checkpoint.Checkpoint | None:
+    """Return a checkpoint to go on from; a quickstart's are those of its stages."""
+    found = sorted(path.rglob("checkpoints"))
+    folders = [one for one in found if checkpoint.ASIDE not in one.relative_to(path).parts]
+    with contextlib.suppress(MaekitError):  # the next launch says what is wrong with them
+        return next((saved for one in folders if (saved := checkpoint.newest(one))), None)
+    return None
 
 
 def _take_away(run: Run) -> None:
