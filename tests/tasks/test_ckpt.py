@@ -88,11 +88,30 @@ def test_repair_puts_damage_aside_and_the_same_command_goes_on_to_the_same_bits(
     package.load_model(run / "encoder.safetensors")
 
 
-def test_repair_says_when_nothing_is_left(run: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_until_they_are_put_aside(
+    run: Path, flat: Path, tiny: dict[str, Any]
+) -> None:
+    """F6: it does not begin anew by itself, also not with --resume, and deletes nothing; `repair` says what is left."""
+    was = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
     for step in names(run):
-        harm(run, step, "state.json")
-    with pytest.raises(MaekitError, match=r"E-CKPT-DAMAGED.*no checkpoint that verifies"):
+        if step < 10:
+            shutil.rmtree(run / f"checkpoints/step-{step}")
+        else:
+            harm(run, step, "state.json")
+    before = {file: file.read_bytes() for file in run.rglob("step-*/*")}
+    again = {**tiny, "data": str(flat), "out": run, "save_every": 4}
+    said = r"E-CKPT-DAMAGED.*3 and none verifies; the newest: .*step-12/state.json.*SHA-256.*Try: maekit ckpt repair"
+    for asked in (again, {**again, "resume": True}):
+        with pytest.raises(MaekitError, match=said):
+            package.pretrain(asked)
+    with pytest.raises(MaekitError, match=said):
+        package.load_model(run)
+    assert {file: file.read_bytes() for file in run.rglob("step-*/*")} == before
+    with pytest.raises(MaekitError, match=r"E-CKPT-DAMAGED.*no checkpoint that verifies.*begins anew"):
         ckpt({"action": "repair", "run": str(run)})
+    assert len([*(run / "damaged/checkpoints").iterdir()]) == 3
+    assert package.pretrain(again).metrics["state_sha256"] == was["state_sha256"]
 
 
 def test_a_run_at_work_is_left_alone(run: Path) -> None:

@@ -163,7 +163,7 @@ def _repair(settings: Ckpt, folders: list[Path]) -> Result:
     if not any(one.path.parent.name == PLACES[0] for one in good):
         raise MaekitError(
             "E-CKPT-DAMAGED", f"{run}", found="no checkpoint that verifies", expected="one to go on from",
-            hint="--init with other weights, or the run anew with another --out",
+            hint="the same command begins anew; --init takes up other weights",
         )  # fmt: skip
     lines = [f"would have {line}" for line in done] if dry else done
     end = "nothing is damaged" if not done else f"the same command that made {run} goes on"

@@ -315,25 +315,35 @@ def sound(path: Path, waits: Iterator[float] | None = None) -> Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Return the highest step that verifies and is finite; pass over others with a line each.
+    """Return the highest step that verifies and is finite; pass over others with a line each. None: there are none.
 
     Changes nothing on the disk: another process may be in the middle of a save.
 
     Raises:
-        MaekitError: E-CKPT-FORMAT if a newer maekit wrote it; E-CKPT-READ if none verifies and one, or the folder,
-            cannot be read: that is not the same as none.
+        MaekitError: E-CKPT-FORMAT if a newer maekit wrote it; where there are some and none verifies, which is not the
+            same as none, E-CKPT-READ if one, or the folder, cannot be read, otherwise E-CKPT-DAMAGED.
     """
-    waits, unread = iter(WAITS), None
+    waits, faults = iter(WAITS), list[MaekitError]()
     for path in steps(folder):
         try:
-            return sound(path, waits)
+            found = sound(path, waits)
         except MaekitError as error:
             if error.code == "E-CKPT-FORMAT":
                 raise
-            log.warning("checkpoint passed over: %s", error)
-            unread = unread or (error if error.code == "E-CKPT-READ" else None)
-    if unread:
-        raise unread
+            if path.exists():  # not one that was deleted meanwhile by the process that trains
+                faults.append(error)
+        else:
+            for fault in faults:
+                log.warning("checkpoint passed over: %s", fault)
+            return found
+    if unread := [fault for fault in faults if fault.code == "E-CKPT-READ"]:
+        raise unread[0]
+    if faults:
+        fault = str(faults[0].args[0]).partition(". Try: ")[0]
+        raise MaekitError(
+            "E-CKPT-DAMAGED", f"checkpoints in {folder}", found=f"{len(faults)} and none verifies; the newest: {fault}",
+            hint=f"maekit ckpt repair {folder.parent} puts them aside, then the run begins anew; or another --out",
+        )  # fmt: skip
     return None
 
 
