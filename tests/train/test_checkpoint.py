@@ -339,3 +339,15 @@ def test_a_save_does_not_stop_over_a_folder_that_cannot_be_listed(
     path = write(folder, 20, keep=1)
     assert load(path).step == 20 and len([*folder.iterdir()]) == 4
     assert "old checkpoints cannot be deleted" in caplog.text
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    """F6: no silent mix; elsewhere it may have any name."""
+    path = write(tmp_path, 8)
+    shutil.copytree(path, tmp_path / "step-20")
+    for look in (load, checkpoint.sizes):
+        with pytest.raises(MaekitError, match=r"E-CKPT-DAMAGED.*step-20: found the checkpoint of step 8 under this"):
+            look(tmp_path / "step-20")
+    found = newest(tmp_path)
+    assert found is not None and found.step == 8
+    assert load(Path(shutil.copytree(path, tmp_path / "mine"))).step == 8

@@ -41,6 +41,7 @@ log = logging.getLogger("maekit")
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step-\d+")
 ASIDE = "damaged"
 """Folder of a run for what is put aside."""
 OWN = "sha256"
@@ -283,6 +284,8 @@ def _manifest(path: Path) -> tuple[dict[str, Any], int]:
         )
     if own != _sum_of(manifest):
         raise _damaged(path / MANIFEST, "another SHA-256 than its own")
+    if STEP.fullmatch(path.name) and number(path) != step:
+        raise _damaged(path, f"the checkpoint of step {step} under this name")
     return files, step
 
 
@@ -369,7 +372,7 @@ def steps(folder: Path) -> list[Path]:
     Raises:
         MaekitError: E-CKPT-READ if it cannot be known what is there; a folder that is not there has none.
     """
-    found = [p for p in _folders(folder) if re.fullmatch(r"step-\d+", p.name)]
+    found = [p for p in _folders(folder) if STEP.fullmatch(p.name)]
     return sorted(found, key=number, reverse=True)
 
 
