@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from maekit.config import load_yaml
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
 from maekit.report.evaluation import aligned
@@ -88,14 +89,23 @@ def _look(folders: list[Path], *, read: bool) -> Iterator[Found]:
         read: compare the sums of what the files hold; otherwise only that they are there and as long as they should be.
     """
     for folder in folders:
+        run = _identity(folder.parent / "config.yaml") if read else ""
         for path in checkpoint.steps(folder):
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             wrong, unread = "", False
             try:
-                checkpoint.sound(path) if read else checkpoint.sizes(path)
+                checkpoint.sound(path, run) if read else checkpoint.sizes(path)
             except MaekitError as error:
                 wrong, unread = str(error.args[0]), error.code == "E-CKPT-READ"
             yield Found(path, checkpoint.number(path), size, wrong, unread)
+
+
+def _identity(config: Path) -> str:
+    """Return that of the run, if its config.yaml has one and can be read."""
+    try:
+        return str(load_yaml(config)["resolved"]["identity"])
+    except (MaekitError, KeyError, TypeError):
+        return ""
 
 
 def _told(run: Path, found: list[Found], action: Literal["list", "verify"]) -> Result:

@@ -8,6 +8,7 @@ numbers must be the same.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ class Resolved(BaseModel):
         classes: names in the order of the outputs.
         model: arguments of `create_model`, whatever they came from.
         deviations: from the recipe that was named, as `maekit.config.Deviation` has them.
+        identity: of the run (`identity`); its checkpoints keep it. Runs of releases before it have none.
         data_changes: of the images between launches that were accepted (`maekit.tasks.same_data`).
     """
 
@@ -63,6 +65,7 @@ class Resolved(BaseModel):
     model: dict[str, Any] = {}
     deviations: list[dict[str, Any]] = []
     data_changes: list[dict[str, Any]] = []
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,16 @@ def deciding(settings: Settings) -> dict[str, Any]:
         if (fields[name].json_schema_extra or {}).get("resume") == "same"  # type: ignore[union-attr]
         and name not in ("run", "data", "target_from")
     }
+
+
+def identity(settings: Settings, fingerprint: str) -> str:
+    """Return what tells a run from others: a digest of what decides its numbers, 14 hexadecimal digits.
+
+    Written when the run begins and kept from then on, since later releases may have more settings.
+    """
+    places = {name: str(getattr(settings, name, None)) for name in ("run", "target_from")}
+    facts = [type(settings).__name__, deciding(settings), places, fingerprint]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:14]
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:

@@ -119,8 +119,7 @@ def save(
     except OSError as error:
         raise _cannot_write(folder, tensors, error) from error
     try:
-        for later in [path for path in steps(folder) if number(path) > step]:
-            _make_way(later)
+        put_later_aside(folder, step)
         prune(folder, keep, keep_every)
     except OSError as error:  # the new one is there; the next save tries again
         log.warning("old checkpoints cannot be deleted: %s", told(error))
@@ -182,8 +181,21 @@ def prune(folder: Path, keep: int, keep_every: int | None = None) -> None:
             delete(old)
 
 
+def put_later_aside(folder: Path, step: int) -> None:
+    """Put aside those of later steps than the one that a run has gone on from or has come to.
+
+    Raises:
+        MaekitError: E-ENV-OUT, E-CKPT-READ.
+    """
+    for path in [path for path in steps(folder) if number(path) > step]:
+        try:
+            _make_way(path)
+        except OSError as error:
+            raise MaekitError("E-ENV-OUT", f"{path} cannot be put aside", found=told(error)) from error
+
+
 def _make_way(path: Path) -> None:
-    """Put aside one of a step that a newer one takes: it did not verify, or the run would have gone on from it."""
+    """Put aside one that did not verify, or the run would have gone on from it."""
     place = set_aside(path.parent.parent, path)
     log.warning("%s, which was not gone on from, now lies in %s", path, place)
 
@@ -300,16 +312,23 @@ def not_finite(tensors: dict[str, Tensors]) -> str | None:
     return next((name for name, value in named if not bool(value.isfinite().all())), None)
 
 
-def sound(path: Path, waits: Iterator[float] | None = None) -> Checkpoint:
+def sound(path: Path, run: str = "", waits: Iterator[float] | None = None) -> Checkpoint:
     """Read and verify a checkpoint that training can go on from.
 
     Args:
+        run: identity of the run that it has to be of; a checkpoint that keeps none, of an older release, is of any.
         waits: as of `load`.
 
     Raises:
-        MaekitError: as `load`; E-CKPT-NAN.
+        MaekitError: as `load`; E-CKPT-RUN, E-CKPT-NAN.
     """
     found = load(path, waits)
+    theirs = found.state.get("run") or run
+    if run and theirs != run:
+        raise MaekitError(
+            "E-CKPT-RUN", f"checkpoint {path}", found=f"one of another run ({theirs})", expected=f"this run's ({run})",
+            hint="back to the run that it came from",
+        )  # fmt: skip
     if lost := not_finite(found.tensors):
         raise MaekitError(
             "E-CKPT-NAN", f"checkpoint {path}", found=f"NaN or infinity in {lost}", expected="finite numbers"
@@ -317,8 +336,11 @@ def sound(path: Path, waits: Iterator[float] | None = None) -> Checkpoint:
     return found
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def newest(folder: Path, run: str = "") -> Checkpoint | None:
     """Return the highest step that verifies and is finite; pass over others with a line each. None: there are none.
+
+    Args:
+        run: identity of the run, as of `sound`; empty: any.
 
     Changes nothing on the disk: another process may be in the middle of a save.
 
@@ -329,7 +351,7 @@ def newest(folder: Path) -> Checkpoint | None:
     waits, faults = iter(WAITS), list[MaekitError]()
     for path in steps(folder):
         try:
-            found = sound(path, waits)
+            found = sound(path, run, waits)
         except MaekitError as error:
             if error.code == "E-CKPT-FORMAT":
                 raise
