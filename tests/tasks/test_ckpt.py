@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 import maekit as package
+from maekit.config import load_yaml
 from maekit.errors import MaekitError
+from maekit.settings import Pretrain
 from maekit.tasks.ckpt import ckpt
+from maekit.tasks.run_folder import identity
+from maekit.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +91,66 @@ def test_repair_puts_damage_aside_and_the_same_command_goes_on_to_the_same_bits(
     package.load_model(run / "encoder.safetensors")
 
 
-def test_repair_says_when_nothing_is_left(run: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_until_they_are_put_aside(
+    run: Path, flat: Path, tiny: dict[str, Any]
+) -> None:
+    """F6: it does not begin anew by itself, also not with --resume, and deletes nothing; `repair` says what is left."""
+    was = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
     for step in names(run):
-        harm(run, step, "state.json")
-    with pytest.raises(MaekitError, match=r"E-CKPT-DAMAGED.*no checkpoint that verifies"):
+        if step < 10:
+            shutil.rmtree(run / f"checkpoints/step-{step}")
+        else:
+            harm(run, step, "state.json")
+    before = {file: file.read_bytes() for file in run.rglob("step-*/*")}
+    again = {**tiny, "data": str(flat), "out": run, "save_every": 4}
+    said = r"E-CKPT-DAMAGED.*3 and none verifies; the newest: .*step-12/state.json.*SHA-256.*Try: maekit ckpt repair"
+    for asked in (again, {**again, "resume": True}):
+        with pytest.raises(MaekitError, match=said):
+            package.pretrain(asked)
+    with pytest.raises(MaekitError, match=said):
+        package.load_model(run)
+    assert {file: file.read_bytes() for file in run.rglob("step-*/*")} == before
+    with pytest.raises(MaekitError, match=r"E-CKPT-DAMAGED.*no checkpoint that verifies.*begins anew"):
         ckpt({"action": "repair", "run": str(run)})
+    assert len([*(run / "damaged/checkpoints").iterdir()]) == 3
+    assert package.pretrain(again).metrics["state_sha256"] == was["state_sha256"]
+
+
+def test_a_whole_checkpoint_of_another_run_is_passed_over_with_a_line(
+    run: Path, flat: Path, tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """F6: no silent mix; one that keeps no identity, as those of older releases, is taken."""
+    was = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    folder = run / "checkpoints"
+    for step in names(run):
+        if step not in (4, 8):
+            shutil.rmtree(folder / f"step-{step}")
+    own, other = checkpoint.load(folder / "step-8"), identity(Pretrain(seed=99), "data")
+    assert own.state["run"] == load_yaml(run / "config.yaml")["resolved"]["identity"] != other
+
+    def put(step: int, whose: str) -> Path:
+        state = {**own.state, "run": whose}
+        return checkpoint.save(folder, step, own.tensors, state, metadata={}, keep=99)
+
+    put(10, other)
+    verified = ckpt({"action": "verify", "run": str(run)})
+    assert verified.exit_code == 1 and verified.metrics["newest"] == 8 and "another run" in verified.text
+    again = package.pretrain({**tiny, "data": str(flat), "out": run, "save_every": 4})
+    assert again.metrics["state_sha256"] == was["state_sha256"]
+    assert "E-CKPT-RUN" in caplog.text and "now lies in" in caplog.text
+    assert (run / "damaged/checkpoints/step-10/model.safetensors").exists()
+    found = checkpoint.newest(put(13, "").parent, own.state["run"])
+    assert found is not None and found.step == 13
+
+
+def test_a_run_is_told_from_others_by_what_decides_its_numbers() -> None:
+    one = identity(Pretrain(), "data")
+    assert one == identity(Pretrain(workers=3, save_every=7, out=Path("elsewhere")), "data")
+    others = (Pretrain(seed=1), Pretrain(mask_ratio=0.5), Pretrain(target="pca", target_from=Path("pca")))
+    digests = {one, identity(Pretrain(), "other data"), *(identity(each, "data") for each in others)}
+    assert len(digests) == 5 and all(len(each) == 14 for each in digests)
 
 
 def test_a_run_at_work_is_left_alone(run: Path) -> None:
@@ -116,3 +175,16 @@ def test_what_it_cannot_do_is_one_line(asked: dict[str, Any], code: str) -> None
     with pytest.raises(MaekitError) as caught:
         ckpt(asked)
     assert caught.value.code == code
+
+
+def test_repair_leaves_alone_what_the_disk_does_not_give(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F4: it may be whole; reading /proc/self/mem from its beginning is an EIO that stays."""
+    monkeypatch.setattr(checkpoint, "WAITS", (0.01, 0.01, 0.01))
+    manifest = run / "checkpoints/step-12/manifest.json"
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    found = ckpt({"action": "repair", "run": str(run)})
+    assert found.metrics["newest"] == 11 and found.metrics["done"] == [] and manifest.is_symlink()
+    assert "left alone: " in caplog.text and "the disk fails" in caplog.text

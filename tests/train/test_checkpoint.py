@@ -6,12 +6,14 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from maekit import failpoints
 from maekit.errors import MaekitError
 from maekit.train import checkpoint
 from maekit.train.checkpoint import delete_leftovers, load, newest, save, state_sha256
@@ -79,27 +81,29 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_damaged_later_one_never_takes_the_place_of_a_good_one(tmp_path: Path, keep: int) -> None:
-    write(tmp_path, 4)
-    damaged = write(tmp_path, 9) / "model.safetensors"
+    folder = tmp_path / "checkpoints"
+    write(folder, 4)
+    damaged = write(folder, 9) / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     for step in (5, 6):
-        write(tmp_path, step, keep=keep)
-        found = newest(tmp_path)
+        write(folder, step, keep=keep)
+        found = newest(folder)
         assert found is not None and found.step == step
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5", "step-6"][-keep:]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-5", "step-6"][-keep:]
 
 
 def test_weights_that_verify_but_are_not_finite_are_passed_over(tmp_path: Path) -> None:
     """F36: written by a program that did not look; going on from the one before makes a good one, which stays."""
-    write(tmp_path, 4)
+    folder = tmp_path / "checkpoints"
+    write(folder, 4)
     lost = tensors(6.0)
     lost["model"]["w"][1, 1] = torch.nan
     for step in (6, 7):
-        save(tmp_path, step, lost, {"window": []}, metadata=META, keep=9)
-    found = newest(tmp_path)
+        save(folder, step, lost, {"window": []}, metadata=META, keep=9)
+    found = newest(folder)
     assert found is not None and found.step == 4
-    write(tmp_path, 5, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+    write(folder, 5, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-5"]
 
 
 def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) -> None:
@@ -247,3 +251,103 @@ def test_digest_sees_every_bit_dtype_shape_and_name_but_no_order() -> None:
         state_sha256(tensors(), {"step": 2})
     }
     assert len(digests | {base}) == 6
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Make faults of the disk happen, with short waits before new tries."""
+    monkeypatch.setattr(checkpoint, "WAITS", (0.01, 0.01, 0.01))
+    yield failpoints.arm
+    failpoints.arm("")
+
+
+def three(run: Path) -> Path:
+    for step in (8, 12, 14):
+        write(run / "checkpoints", step)
+    return run / "checkpoints"
+
+
+def everything(run: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("place", ["list", "read"])
+def test_a_disk_that_fails_for_a_moment_is_asked_again(
+    tmp_path: Path, broken: Callable[[str], None], place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """F4: a share that was away while the run began."""
+    folder = three(tmp_path)
+    broken(f"checkpoint-{place}:eio")
+    found = newest(folder)
+    assert found is not None and found.step == 14
+    assert "once more in" in caplog.text and "passed over" not in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["eio", "eacces", "estale"])
+@pytest.mark.parametrize("place", ["list", "read"])
+def test_what_cannot_be_read_is_not_damaged_and_nothing_is_deleted(
+    tmp_path: Path, broken: Callable[[str], None], place: str, fault: str
+) -> None:
+    """F4: the run is refused; it does not begin anew and delete what it could not see."""
+    before = everything(three(tmp_path))
+    broken(f"checkpoint-{place}:{fault}@1+")
+    with pytest.raises(MaekitError, match=r"E-CKPT-READ.*Try: the same command") as caught:
+        newest(tmp_path / "checkpoints")
+    assert checkpoint.PLAIN[getattr(errno, fault.upper())] in str(caught.value)
+    assert everything(tmp_path / "checkpoints") == before
+
+
+def test_one_file_that_the_disk_lost_costs_steps_and_is_put_aside(
+    tmp_path: Path, broken: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """F4, F6: a bad sector; reading /proc/self/mem from its beginning is an EIO of the system's own."""
+    folder = three(tmp_path)
+    weights = everything(folder)["step-14/model.safetensors"]
+    (folder / "step-14/manifest.json").unlink()
+    (folder / "step-14/manifest.json").symlink_to("/proc/self/mem")
+    broken("")
+    found = newest(folder)
+    assert found is not None and found.step == 12
+    assert "E-CKPT-READ" in caplog.text and "the disk fails" in caplog.text
+    write(folder, 13, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-13"]
+    assert (tmp_path / "damaged/checkpoints/step-14/model.safetensors").read_bytes() == weights
+    assert "now lies in" in caplog.text
+
+
+def test_later_ones_that_were_not_gone_on_from_are_put_aside_also_twice(tmp_path: Path) -> None:
+    """F6: neither one of a later step nor one of the same step is deleted."""
+    folder = three(tmp_path)
+    hurt = []
+    for _ in range(2):
+        for step in (12, 14):
+            file = folder / f"step-{step}/model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1])
+            hurt.append(file.read_bytes())
+        write(folder, 12)
+        write(folder, 14)
+    aside = tmp_path / "damaged/checkpoints"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-12", "step-12.1", "step-14", "step-14.1"]
+    assert sorted((path / "model.safetensors").read_bytes() for path in aside.iterdir()) == sorted(hurt)
+
+
+def test_a_save_does_not_stop_over_a_folder_that_cannot_be_listed(
+    tmp_path: Path, broken: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = three(tmp_path)
+    broken("checkpoint-list:eacces@1+")
+    path = write(folder, 20, keep=1)
+    assert load(path).step == 20 and len([*folder.iterdir()]) == 4
+    assert "old checkpoints cannot be deleted" in caplog.text
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    """F6: no silent mix; elsewhere it may have any name."""
+    path = write(tmp_path, 8)
+    shutil.copytree(path, tmp_path / "step-20")
+    for look in (load, checkpoint.sizes):
+        with pytest.raises(MaekitError, match=r"E-CKPT-DAMAGED.*step-20: found the checkpoint of step 8 under this"):
+            look(tmp_path / "step-20")
+    found = newest(tmp_path)
+    assert found is not None and found.step == 8
+    assert load(Path(shutil.copytree(path, tmp_path / "mine"))).step == 8

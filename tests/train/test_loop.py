@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from maekit.errors import MaekitError
 from maekit.settings import Loop
+from maekit.train import checkpoint
 from maekit.train.checkpoint import newest, save
 from maekit.train.device import World
 from maekit.train.loop import Outcome, Plan, fit
@@ -107,6 +108,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_bits(tmp_path: Path, whole:
     train(tmp_path, stop_at=9, save_every=3, keep=5)
     file = tmp_path / "checkpoints" / "step-9" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
+    train(tmp_path, stop_at=8, keep=2)
+    assert [path.name for path in checkpoint.steps(tmp_path / "checkpoints")] == ["step-8", "step-6"]
+    assert (tmp_path / "damaged" / "checkpoints" / "step-9" / "model.safetensors").exists()
     assert train(tmp_path, save_every=3).state_sha256 == whole[0].state_sha256
     assert records(tmp_path) == whole[1]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from maekit.config import load_yaml
 from maekit.errors import MaekitError
 from maekit.interchange.weights import load_model
 from maekit.report.evaluation import aligned
@@ -28,7 +29,6 @@ log = logging.getLogger("maekit")
 
 PLACES = ("checkpoints", *FOLDERS.values())
 """Folders of a run, or of a stage of it, that hold checkpoints."""
-ASIDE = "damaged"
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Found:
 
     Attributes:
         wrong: what is the matter with it; empty: nothing.
+        unread: the disk fails, which says nothing of the checkpoint.
     """
 
     path: Path
     step: int
     size: int
     wrong: str = ""
+    unread: bool = False
 
 
 def ckpt(settings: Ckpt | dict[str, Any]) -> Result:
@@ -62,7 +64,7 @@ def ckpt(settings: Ckpt | dict[str, Any]) -> Result:
         raise MaekitError("E-USAGE-RUN", "no run named", hint=f"maekit ckpt {settings.action} RUN")
     _refuse_unused(settings)
     folders = [path for path in sorted(settings.run.rglob("*")) if path.name in PLACES and path.is_dir()]
-    folders = [path for path in folders if ASIDE not in path.parts]
+    folders = [path for path in folders if checkpoint.ASIDE not in path.relative_to(settings.run).parts]
     if not folders:
         raise MaekitError("E-CKPT-MISSING", f"{settings.run}", found="no checkpoints", expected="a run folder")
     if settings.action in ("list", "verify"):
@@ -87,14 +89,23 @@ def _look(folders: list[Path], *, read: bool) -> Iterator[Found]:
         read: compare the sums of what the files hold; otherwise only that they are there and as long as they should be.
     """
     for folder in folders:
+        run = _identity(folder.parent / "config.yaml") if read else ""
         for path in checkpoint.steps(folder):
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            wrong = ""
+            wrong, unread = "", False
             try:
-                checkpoint.sound(path) if read else checkpoint.sizes(path)
+                checkpoint.sound(path, run) if read else checkpoint.sizes(path)
             except MaekitError as error:
-                wrong = str(error.args[0])
-            yield Found(path, checkpoint.number(path), size, wrong)
+                wrong, unread = str(error.args[0]), error.code == "E-CKPT-READ"
+            yield Found(path, checkpoint.number(path), size, wrong, unread)
+
+
+def _identity(config: Path) -> str:
+    """Return that of the run, if its config.yaml has one and can be read."""
+    try:
+        return str(load_yaml(config)["resolved"]["identity"])
+    except (MaekitError, KeyError, TypeError):
+        return ""
 
 
 def _told(run: Path, found: list[Found], action: Literal["list", "verify"]) -> Result:
@@ -146,10 +157,12 @@ def _repair(settings: Ckpt, folders: list[Path]) -> Result:
     assert run is not None
     found = [*_look(folders, read=True)]
     for one in found:
-        if one.wrong:
+        if one.unread:
+            log.warning("left alone: %s", one.wrong)
+        elif one.wrong:
             done.append(f"{_aside(run, one.path, dry)}: {one.wrong}")
     for folder in folders:
-        leftovers = [path.name for path in folder.glob(".tmp-*")]
+        leftovers = [path.name for path in checkpoint.leftovers(folder)]
         if leftovers and not dry:
             checkpoint.delete_leftovers(folder)
         done += [f"deleted the rest of an interrupted save: {(folder / name).relative_to(run)}" for name in leftovers]
@@ -160,7 +173,7 @@ def _repair(settings: Ckpt, folders: list[Path]) -> Result:
     if not any(one.path.parent.name == PLACES[0] for one in good):
         raise MaekitError(
             "E-CKPT-DAMAGED", f"{run}", found="no checkpoint that verifies", expected="one to go on from",
-            hint="--init with other weights, or the run anew with another --out",
+            hint="the same command begins anew; --init takes up other weights",
         )  # fmt: skip
     lines = [f"would have {line}" for line in done] if dry else done
     end = "nothing is damaged" if not done else f"the same command that made {run} goes on"
@@ -202,14 +215,8 @@ def _is_json(path: Path) -> bool:
 
 
 def _aside(run: Path, path: Path, dry: bool) -> str:
-    """Move a file or folder to the same place under ``damaged``; return what was done."""
-    place = run / ASIDE / path.relative_to(run)
-    number = 1
-    while place.exists():
-        place, number = place.with_name(f"{path.name}.{number}"), number + 1
-    if not dry:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
+    """Put a file or folder of the run aside; return what was done."""
+    place = checkpoint.set_aside(run, path, dry=dry)
     return f"moved {path.relative_to(run)} to {place.relative_to(run)}"
 
 

@@ -169,8 +169,9 @@ def training(
     facts = metadata(origin, classes=goal.names, pool=settings.pool, **goal.facts)
     best = f"held/{goal.best}" if parts.held else ""
     plan = Plan(
-        timing, loop, settings.seed, facts, eval_every=every, keep_best=best, narrowed=narrowed(run, settings, resolved)
-    )
+        timing, loop, settings.seed, facts, eval_every=every, keep_best=best, identity=resolved.identity,
+        narrowed=narrowed(run, settings, resolved),
+    )  # fmt: skip
     say_what_runs("finetune", model, train, timing.total, here, resolved)
     groups = finetune_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = adamw(groups, betas=settings.betas, lr=timing.peak)

@@ -128,6 +128,7 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
         settings.seed,
         metadata(model),
         keep_casts=not settings.checkpointing,
+        identity=resolved.identity,
         narrowed=narrowed(run, settings, resolved),
     )
     say_what_runs("pretrain", model, source, plan.schedule.total, here, resolved)

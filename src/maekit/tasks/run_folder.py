@@ -8,6 +8,7 @@ numbers must be the same.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ class Resolved(BaseModel):
         classes: names in the order of the outputs.
         model: arguments of `create_model`, whatever they came from.
         deviations: from the recipe that was named, as `maekit.config.Deviation` has them.
+        identity: of the run (`identity`); its checkpoints keep it. Runs of releases before it have none.
         data_changes: of the images between launches that were accepted (`maekit.tasks.same_data`).
     """
 
@@ -63,6 +65,7 @@ class Resolved(BaseModel):
     model: dict[str, Any] = {}
     deviations: list[dict[str, Any]] = []
     data_changes: list[dict[str, Any]] = []
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,7 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         with alone(run.path), _signals_interrupt():
             return work()
     except (KeyboardInterrupt, SystemExit):
-        folders = sorted(run.path.rglob("checkpoints"))  # a quickstart's are those of its stages
-        saved = next((found for folder in folders if (found := checkpoint.newest(folder))), None)
+        saved = _saved(run.path)
         if saved is None:
             _take_away(run)
             raise
@@ -172,6 +174,15 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
     except BaseException:
         _take_away(run)
         raise
+
+
+def _saved(path: Path) -> checkpoint.Checkpoint | None:
+    """Return a checkpoint to go on from; a quickstart's are those of its stages."""
+    found = sorted(path.rglob("checkpoints"))
+    folders = [one for one in found if checkpoint.ASIDE not in one.relative_to(path).parts]
+    with contextlib.suppress(MaekitError):  # the next launch says what is wrong with them
+        return next((saved for one in folders if (saved := checkpoint.newest(one))), None)
+    return None
 
 
 def _take_away(run: Run) -> None:
@@ -314,6 +325,16 @@ def deciding(settings: Settings) -> dict[str, Any]:
         if (fields[name].json_schema_extra or {}).get("resume") == "same"  # type: ignore[union-attr]
         and name not in ("run", "data", "target_from")
     }
+
+
+def identity(settings: Settings, fingerprint: str) -> str:
+    """Return what tells a run from others: a digest of what decides its numbers, 14 hexadecimal digits.
+
+    Written when the run begins and kept from then on, since later releases may have more settings.
+    """
+    places = {name: str(getattr(settings, name, None)) for name in ("run", "target_from")}
+    facts = [type(settings).__name__, deciding(settings), places, fingerprint]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:14]
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from maekit.report.views import psnr
 from maekit.seeds import seed_all
 from maekit.settings import Tokenizer
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Run, carry_out, finish, open_run, stopped, typed
+from maekit.tasks.run_folder import Resolved, Run, carry_out, finish, open_run, stopped, typed
 from maekit.tasks.training import (
     Training,
     came_out,
@@ -142,7 +142,7 @@ def training(settings: Tokenizer, source: Source, run: Run, here: World) -> tupl
         to_train, view, settings, resolved, here, run,
         size=settings.img_size, seed=settings.seed, reading=settings,
     )  # fmt: skip
-    plan = _plan(settings, loader, model, resolved.fingerprint, narrowed(run, settings, resolved))
+    plan = _plan(settings, loader, model, resolved, narrowed(run, settings, resolved))
     say_what_runs("tokenizer", model, to_train, plan.schedule.total, here, resolved)
 
     def step(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -176,12 +176,12 @@ def _held_loader(settings: Tokenizer, held: Source, channels: int, here: World) 
 
 
 def _plan(
-    settings: Tokenizer, loader: Loader, model: VQTokenizer, fingerprint: str, narrow: Callable[[int], None]
+    settings: Tokenizer, loader: Loader, model: VQTokenizer, resolved: Resolved, narrow: Callable[[int], None]
 ) -> Plan:
     planned = schedule(settings, loader.steps_per_epoch, loader.batch_size)
-    said = header_of(model.spec, "vq", mean=model.mean, std=model.std, fingerprint=fingerprint)
+    said = header_of(model.spec, "vq", mean=model.mean, std=model.std, fingerprint=resolved.fingerprint)
     every = math.ceil(planned.total / SCORES)
-    return Plan(planned, settings, settings.seed, said, eval_every=every, narrowed=narrow)
+    return Plan(planned, settings, settings.seed, said, eval_every=every, identity=resolved.identity, narrowed=narrow)
 
 
 @torch.no_grad()

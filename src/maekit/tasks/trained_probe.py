@@ -148,6 +148,7 @@ def training(settings: Probe, train: Source, val: Source, run: Run, here: World)
         loop.model_copy(update={"precision": resolved.precision}),
         settings.seed,
         metadata(model),
+        identity=resolved.identity,
         narrowed=narrowed(run, settings, resolved),
     )
     say_what_runs("probe", probed, train, plan.schedule.total, here, resolved)

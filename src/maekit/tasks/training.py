@@ -26,7 +26,7 @@ from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
 from maekit.settings import Images, Loop, Seen, Settings, Steady, Views
 from maekit.tasks import Result
-from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating
+from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating, identity
 from maekit.tasks.same_data import Read, compared, write_down
 from maekit.train.device import World, check_compiler, launch
 from maekit.train.loop import Evaluate, Outcome, Plan, Step, fit
@@ -151,9 +151,11 @@ def prepare(
     found = measured(source, len(model.mean), settings.bad_images)
     mean, std = statistics or found
     model.set_statistics(mean, std)
+    own = int(identity(settings, source.fingerprint()), 16)  # places of weights may be others on other machines
     resolved = Resolved(
         images=len(source),
         fingerprint=source.fingerprint(),
+        identity=f"{int(world.gather(torch.tensor([own]))[0]):014x}",
         precision=precision,
         micro_batch=parts,
         mean=mean,

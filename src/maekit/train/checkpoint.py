@@ -7,10 +7,11 @@ survived with this order, 6 to 44 lost with others). The newest is the highest s
 latest file time. Old ones are deleted only after a newer one is in place. No pickle anywhere. `maekit.train.saver` does
 this beside training.
 
-Errors of the disk that may pass (`PASSING`) are tried again; what stays is one line, and nothing that was there is
-lost.
+Errors of the disk that may pass (`PASSING`) are tried again, in writing, reading and listing; what stays is one line,
+and nothing that was there is lost: what cannot be read is not damaged, and what is damaged is put aside, not deleted.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -18,11 +19,13 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -35,14 +38,22 @@ from maekit.settings import FORMAT
 
 log = logging.getLogger("maekit")
 
+T = TypeVar("T")
 Tensors = dict[str, Tensor]
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step-\d+")
+ASIDE = "damaged"
+"""Folder of a run for what is put aside."""
 OWN = "sha256"
 """Where a manifest keeps the sum of all else that it says."""
-PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
 """Errors after which the same may succeed: network shares that were away, file descriptors that others held."""
 WAITS = (0.1, 0.5, 2.0)
 """Seconds before each new try."""
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors that say what is in a folder, or not; all others say that the disk could not be asked."""
 PLAIN = {
     errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "larger than files may be",
     errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission",
@@ -101,23 +112,41 @@ def save(
         MaekitError: E-STOP-DISK if writing failed and a verified checkpoint remains (the run can go on from it),
             E-ENV-DISK if none does.
     """
-    waits = iter(WAITS)
-    while True:
-        try:
-            final = _write(folder, step, tensors, state, metadata)
-            break
-        except OSError as error:
-            wait = next(waits, None) if error.errno in PASSING else None
-            if wait is None:
-                raise _cannot_write(folder, tensors, error) from error
-            log.warning("a checkpoint cannot be saved (%s), once more in %.1f s", told(error), wait)
-            time.sleep(wait)
     try:
-        _forget_later(folder, step)
+        final = _patiently(
+            lambda: _write(folder, step, tensors, state, metadata), "a checkpoint cannot be saved", iter(WAITS)
+        )
+    except OSError as error:
+        raise _cannot_write(folder, tensors, error) from error
+    try:
+        put_later_aside(folder, step)
         prune(folder, keep, keep_every)
     except OSError as error:  # the new one is there; the next save tries again
         log.warning("old checkpoints cannot be deleted: %s", told(error))
+    except MaekitError as error:
+        log.warning("old checkpoints cannot be deleted: %s", error)
     return final
+
+
+def _patiently(work: Callable[[], T], what: str, waits: Iterator[float]) -> T:
+    """Do it, again after errors that may pass.
+
+    Args:
+        what: cannot be done, for the line.
+        waits: seconds before each new try; what is done one after the other shares them.
+
+    Raises:
+        OSError: one that stays.
+    """
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            wait = next(waits, None) if error.errno in PASSING else None
+            if wait is None:
+                raise
+            log.warning("%s (%s), once more in %.1f s", what, told(error), wait)
+            time.sleep(wait)
 
 
 def _write(
@@ -133,8 +162,8 @@ def _write(
         _write_json(temporary / MANIFEST, {**facts, OWN: _sum_of(facts)}, indent=1)
         _sync(temporary)
         reach("checkpoint-synced")
-        if final.exists():  # one that did not verify, or the run would have gone on from it
-            delete(final)
+        if final.exists():
+            _make_way(final)
         temporary.rename(final)
         reach("checkpoint-renamed")
         _sync(folder)
@@ -152,25 +181,53 @@ def prune(folder: Path, keep: int, keep_every: int | None = None) -> None:
             delete(old)
 
 
-def _forget_later(folder: Path, step: int) -> None:
-    """Delete those of later steps: none verified, or the run would have gone on from it."""
-    for later in [path for path in steps(folder) if number(path) > step]:
-        delete(later)
-
-
-def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint.
+def put_later_aside(folder: Path, step: int) -> None:
+    """Put aside those of later steps than the one that a run has gone on from or has come to.
 
     Raises:
-        MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (written by a newer maekit) or E-CKPT-DAMAGED, naming the file.
+        MaekitError: E-ENV-OUT, E-CKPT-READ.
     """
-    files, step = _manifest(path)
-    try:
-        contents = {name: _read(path, name, files[name]) for name in files}
-    except (OSError, ValueError) as error:  # a manifest with a name that no file can have; a disk that fails
-        if isinstance(error, MaekitError):
-            raise
-        raise _damaged(path, f"a file that cannot be read: {error}") from error
+    for path in [path for path in steps(folder) if number(path) > step]:
+        try:
+            _make_way(path)
+        except OSError as error:
+            raise MaekitError("E-ENV-OUT", f"{path} cannot be put aside", found=told(error)) from error
+
+
+def _make_way(path: Path) -> None:
+    """Put aside one that did not verify, or the run would have gone on from it."""
+    place = set_aside(path.parent.parent, path)
+    log.warning("%s, which was not gone on from, now lies in %s", path, place)
+
+
+def set_aside(run: Path, path: Path, *, dry: bool = False) -> Path:
+    """Move a file or folder to the same place under ``damaged`` of the run, where nothing is deleted; return that."""
+    place = run / ASIDE / path.relative_to(run)
+    number = 1
+    while place.exists():
+        place, number = place.with_name(f"{path.name}.{number}"), number + 1
+    if not dry:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    return place
+
+
+def load(path: Path, waits: Iterator[float] | None = None) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Args:
+        waits: before new tries at what cannot be read; default: `WAITS`.
+
+    Raises:
+        MaekitError: E-CKPT-MISSING, E-CKPT-FORMAT (written by a newer maekit) or E-CKPT-DAMAGED, naming the file;
+            E-CKPT-READ where the disk fails, which says nothing of what is on it.
+    """
+
+    def read() -> tuple[dict[str, bytes], int]:
+        files, step = _manifest(path)
+        return {name: _read(path, name, files[name]) for name in files}, step
+
+    contents, step = _asked(path, read, waits)
     if "state.json" not in contents or "model.safetensors" not in contents:
         raise _damaged(path / MANIFEST, "an incomplete list of files")
     try:  # sums that match say who wrote a file, not that it makes sense
@@ -189,21 +246,45 @@ def sizes(path: Path) -> None:
     Raises:
         MaekitError: as `load`.
     """
-    files, _ = _manifest(path)
-    for name in files:
-        _sized(path, name, files[name])
+
+    def compare() -> None:
+        files, _ = _manifest(path)
+        for name in files:
+            _sized(path, name, files[name])
+
+    _asked(path, compare)
+
+
+def _asked(path: Path, ask: Callable[[], T], waits: Iterator[float] | None = None) -> T:
+    """Return what `ask` finds out of a checkpoint; tell a disk that fails from a file that is wrong."""
+    try:
+        return _patiently(ask, f"{path} cannot be read", iter(WAITS) if waits is None else waits)
+    except MaekitError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a manifest with a name that no file can have
+        if isinstance(error, OSError) and error.errno not in NO_FILE:
+            raise _unread(f"checkpoint {path}", error) from error
+        raise _damaged(path, f"a file that cannot be read: {error}") from error
+
+
+def _unread(what: str, error: OSError) -> MaekitError:
+    hint = "the same command when the disk answers; nothing was changed"
+    return MaekitError("E-CKPT-READ", what, found=told(error), expected="what can be read", hint=hint)
 
 
 def _manifest(path: Path) -> tuple[dict[str, Any], int]:
     """Return what the manifest says of each file, and the step."""
+    reach("checkpoint-read")
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        data = (path / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise MaekitError("E-CKPT-MISSING", f"checkpoint {path}", found=f"no {MANIFEST}") from error
+    try:
+        manifest = json.loads(data)
         written, step = manifest["format"], int(manifest["step"])
         files = {name: dict(facts) for name, facts in manifest["files"].items()}
         own = manifest.pop(OWN)
-    except FileNotFoundError as error:
-        raise MaekitError("E-CKPT-MISSING", f"checkpoint {path}", found=f"no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _damaged(path / MANIFEST, "not a readable manifest") from error
     if not isinstance(written, int) or written > FORMAT:
         raise MaekitError(
@@ -215,6 +296,8 @@ def _manifest(path: Path) -> tuple[dict[str, Any], int]:
         )
     if own != _sum_of(manifest):
         raise _damaged(path / MANIFEST, "another SHA-256 than its own")
+    if STEP.fullmatch(path.name) and number(path) != step:
+        raise _damaged(path, f"the checkpoint of step {step} under this name")
     return files, step
 
 
@@ -229,13 +312,23 @@ def not_finite(tensors: dict[str, Tensors]) -> str | None:
     return next((name for name, value in named if not bool(value.isfinite().all())), None)
 
 
-def sound(path: Path) -> Checkpoint:
+def sound(path: Path, run: str = "", waits: Iterator[float] | None = None) -> Checkpoint:
     """Read and verify a checkpoint that training can go on from.
 
+    Args:
+        run: identity of the run that it has to be of; a checkpoint that keeps none, of an older release, is of any.
+        waits: as of `load`.
+
     Raises:
-        MaekitError: as `load`; E-CKPT-NAN.
+        MaekitError: as `load`; E-CKPT-RUN, E-CKPT-NAN.
     """
-    found = load(path)
+    found = load(path, waits)
+    theirs = found.state.get("run") or run
+    if run and theirs != run:
+        raise MaekitError(
+            "E-CKPT-RUN", f"checkpoint {path}", found=f"one of another run ({theirs})", expected=f"this run's ({run})",
+            hint="back to the run that it came from",
+        )  # fmt: skip
     if lost := not_finite(found.tensors):
         raise MaekitError(
             "E-CKPT-NAN", f"checkpoint {path}", found=f"NaN or infinity in {lost}", expected="finite numbers"
@@ -243,35 +336,82 @@ def sound(path: Path) -> Checkpoint:
     return found
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """Return the highest step that verifies and is finite; pass over others with a line each.
+def newest(folder: Path, run: str = "") -> Checkpoint | None:
+    """Return the highest step that verifies and is finite; pass over others with a line each. None: there are none.
+
+    Args:
+        run: identity of the run, as of `sound`; empty: any.
 
     Changes nothing on the disk: another process may be in the middle of a save.
 
     Raises:
-        MaekitError: E-CKPT-FORMAT if a newer maekit wrote it.
+        MaekitError: E-CKPT-FORMAT if a newer maekit wrote it; where there are some and none verifies, which is not the
+            same as none, E-CKPT-READ if one, or the folder, cannot be read, otherwise E-CKPT-DAMAGED.
     """
+    waits, faults = iter(WAITS), list[MaekitError]()
     for path in steps(folder):
         try:
-            return sound(path)
+            found = sound(path, run, waits)
         except MaekitError as error:
             if error.code == "E-CKPT-FORMAT":
                 raise
-            log.warning("checkpoint passed over: %s", error)
+            if path.exists():  # not one that was deleted meanwhile by the process that trains
+                faults.append(error)
+        else:
+            for fault in faults:
+                log.warning("checkpoint passed over: %s", fault)
+            return found
+    if unread := [fault for fault in faults if fault.code == "E-CKPT-READ"]:
+        raise unread[0]
+    if faults:
+        fault = str(faults[0].args[0]).partition(". Try: ")[0]
+        raise MaekitError(
+            "E-CKPT-DAMAGED", f"checkpoints in {folder}", found=f"{len(faults)} and none verifies; the newest: {fault}",
+            hint=f"maekit ckpt repair {folder.parent} puts them aside, then the run begins anew; or another --out",
+        )  # fmt: skip
     return None
 
 
 def delete_leftovers(folder: Path) -> None:
     """Delete what a kill in the middle of a save left; only for the one process that may write here."""
-    for leftover in folder.glob(".tmp-*"):
+    for leftover in leftovers(folder):
         log.warning("deleted the rest of an interrupted save: %s", leftover.name)
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Return what a kill in the middle of a save left.
+
+    Raises:
+        MaekitError: E-CKPT-READ.
+    """
+    return [path for path in _folders(folder) if path.name.startswith(".tmp-")]
+
+
 def steps(folder: Path) -> list[Path]:
-    """Return the ``step-N`` folders, verified or not, newest first by number."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
+    """Return the ``step-N`` folders, verified or not, newest first by number.
+
+    Raises:
+        MaekitError: E-CKPT-READ if it cannot be known what is there; a folder that is not there has none.
+    """
+    found = [p for p in _folders(folder) if STEP.fullmatch(p.name)]
     return sorted(found, key=number, reverse=True)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder. `Path.glob` would not do: where it may not look, it finds nothing."""
+
+    def look() -> list[Path]:
+        reach("checkpoint-list")
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+
+    try:
+        return _patiently(look, f"{folder} cannot be listed", iter(WAITS))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unread(f"checkpoints in {folder}", error) from error
 
 
 def number(path: Path) -> int:
@@ -327,9 +467,13 @@ def _write_json(path: Path, value: dict[str, Any], indent: int | None = None) ->
 
 
 def _sized(folder: Path, name: str, expected: dict[str, Any]) -> None:
-    if Path(name).name != name or not (folder / name).is_file():
+    try:
+        found = (folder / name).stat() if Path(name).name == name else None
+    except FileNotFoundError:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
         raise _damaged(folder / name, "no such file")
-    size = (folder / name).stat().st_size
+    size = found.st_size
     if size != expected.get("bytes"):
         raise _damaged(folder / name, f"{size} bytes, the manifest says {expected.get('bytes')}")
 
@@ -364,15 +508,17 @@ def _damaged(path: Path, found: str) -> MaekitError:
 
 def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> MaekitError:
     needed = sum(v.numel() * v.element_size() for named in tensors.values() for v in named.values())
-    try:
+    free, remains, hint = "", None, "free some space; nothing had been saved yet"
+    with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+    try:
         remains = newest(folder)
-    except (OSError, MaekitError):
-        free, remains = "", None
+    except MaekitError as fault:
+        hint = f"mend the disk: what was saved before cannot be gone on from either ({fault.code})"
     what = f"cannot save a checkpoint in {folder}"
     found = f"{told(error)} ({needed / 1e6:,.0f} MB needed{free})"
     if remains is None:
-        return MaekitError("E-ENV-DISK", what, found=found, hint="free some space; nothing had been saved yet")
+        return MaekitError("E-ENV-DISK", what, found=found, hint=hint)
     return MaekitError(
         "E-STOP-DISK",
         what,

@@ -75,6 +75,7 @@ class Plan:
         eval_every: steps between scores; 0: only at the end.
         keep_best: score whose best weights stay in ``best/``, those of their average in ``best-ema/``; empty: none do.
         keep_casts: weights in half precision stay for the whole step; without, less memory is taken.
+        identity: of the run: a checkpoint of another one is passed over.
         narrowed: told the images per pass when memory was too small for more, to go on with them later, too.
     """
 
@@ -85,6 +86,7 @@ class Plan:
     eval_every: int = 0
     keep_best: str = ""
     keep_casts: bool = True
+    identity: str = ""
     narrowed: Callable[[int], None] = lambda _: None
 
 
@@ -175,15 +177,18 @@ def fit(
     settings, schedule = plan.settings, plan.schedule
     scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
     average = Average(model, settings.ema) if settings.ema else None
-    state = State(model, optimizer, scaler, average, circumstances(world, loader.micro_batch))
+    state = State(model, optimizer, scaler, average, circumstances(world, loader.micro_batch), plan.identity)
     folder = run / "checkpoints"
     if world.is_main:
         checkpoint.delete_leftovers(folder)
-    saved = checkpoint.newest(folder)
+    saved = checkpoint.newest(folder, plan.identity)
     if saved is not None:
         state.restore(saved)
         log.info("going on from %s", saved.path)
         _say_what_is_different(saved.state.get("circumstances", {}), state.circumstances)
+    world.agree({"newest checkpoint": str(state.step)})
+    if world.is_main and saved is not None:
+        checkpoint.put_later_aside(folder, saved.step)
     call = _wrap(model, step_function, settings, world)
     stop = min(schedule.total, settings.stop_at or schedule.total)
     save_every = settings.save_every or schedule.steps_per_epoch
@@ -204,7 +209,7 @@ def fit(
 
     def newest() -> checkpoint.Checkpoint | None:
         saver.wait()
-        return checkpoint.newest(folder)
+        return checkpoint.newest(folder, plan.identity)
 
     def due(step: int) -> bool:
         every = (

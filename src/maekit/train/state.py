@@ -83,6 +83,8 @@ class State:
     average: Average | None
     circumstances: dict[str, Any] = field(default_factory=dict)
     """What rounding depends on beside the settings (`maekit.train.device.circumstances`)."""
+    run: str = ""
+    """Identity of the run, kept in its checkpoints; empty for runs of older releases."""
     step: int = 0
     window: tuple[float, ...] = ()
     """Losses of the steps since the last log line."""
@@ -105,7 +107,7 @@ class State:
         scaler = self.scaler.state_dict()
         losses = {"window": list(self.window), "loss": self.loss}
         more = {"circumstances": self.circumstances, "mishaps": asdict(self.mishaps)}
-        return {"step": self.step, **losses, "scaler": scaler, **more}
+        return {"step": self.step, **losses, "scaler": scaler, **more, "run": self.run}
 
     def sha256(self) -> str:
         """Return the digest that a checkpoint of this state has."""
