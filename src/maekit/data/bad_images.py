@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from maekit.data.samples import Bad
+from maekit.disk import own_file
 from maekit.errors import MaekitError
 
 FILE = "bad_files.jsonl"
@@ -101,7 +102,7 @@ class BadImages:
             self._read_file()
             if name in self._listed:
                 return
-            with self.file.open("a+b") as file:
+            with open(self.file, "a+b", opener=own_file) as file:
                 half = self._end and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"  # left by a kill
                 entry = json.dumps({"id": name, "reason": reason, "step": self.step})
                 file.write(b"\n" * bool(half) + entry.encode() + b"\n")
@@ -110,7 +111,7 @@ class BadImages:
         """Take up what an earlier launch or another process has written since the last time."""
         if self.file is None or not self.file.exists():
             return
-        with contextlib.suppress(OSError), self.file.open("rb") as file:
+        with contextlib.suppress(OSError), open(self.file, "rb", opener=own_file) as file:
             file.seek(self._end)
             data = file.read()
             self._end += len(data)

@@ -20,6 +20,8 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from maekit.disk import own_file
+
 log = logging.getLogger("maekit")
 
 
@@ -32,8 +34,9 @@ class Log:
         self.broken = False
         self.before = self._drop_after(start)
         self.board: SummaryWriter | None = None
-        with contextlib.suppress(OSError):
-            self.board = SummaryWriter(str(run / "events"), purge_step=start + 1)
+        with contextlib.suppress(OSError):  # under names that cannot be guessed: torch would follow a link there
+            suffix = f".{uuid.uuid4().hex}"
+            self.board = SummaryWriter(str(run / "events"), purge_step=start + 1, filename_suffix=suffix)
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def _drop_after(self, step: int) -> float:
@@ -61,7 +64,7 @@ class Log:
         seconds = self.before + time.monotonic() - self.began
         record = {"step": step, **values, "images_per_second": round(self.rate(step), 1), "time": round(seconds, 2)}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=own_file) as file:
                 file.write(json.dumps(record) + "\n")
             if self.board is not None:
                 for name, value in values.items():
