@@ -382,7 +382,7 @@ def test_what_is_planted_as_the_lock_is_refused_unread(
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("kind", ["link"])
+@pytest.mark.parametrize("kind", ["link", "fifo"])
 def test_what_is_planted_as_a_file_of_a_run_is_not_written_through(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # T15

@@ -135,6 +135,13 @@ def test_a_run_may_lie_anywhere(
     assert (tmp_path / name / "report.html").exists()
 
 
+def test_a_lock_that_cannot_be_read_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / LOCK).write_bytes(b"\xff\xfe\x1b[31m")
+    with caplog.at_level(logging.WARNING, "maekit"), alone(tmp_path):
+        assert "going on in its place" in caplog.text and "\x1b" not in caplog.text
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_a_lock_whose_holder_was_killed_is_taken_over_with_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

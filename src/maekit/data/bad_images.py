@@ -22,6 +22,9 @@ AT_LEAST = 5
 ONE_IN = 100
 """Of so many images seen one may be bad."""
 
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What a damaged line of the list comes to."""
+
 Policy = Literal["skip", "stop"]
 
 log = logging.getLogger("maekit")
@@ -116,6 +119,6 @@ class BadImages:
             data = file.read()
             self._end += len(data)
             for line in data.splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                    entry = json.loads(line)
+                with contextlib.suppress(*UNREADABLE):  # a line that a kill cut short
+                    entry = json.loads(line.decode())
                     self._listed.setdefault(entry["id"], (entry["reason"], int(entry.get("step", 0))))

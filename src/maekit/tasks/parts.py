@@ -145,7 +145,7 @@ def _cost_file(folder: Path) -> Path:
 def _read_cost(folder: Path) -> dict[str, Any]:
     """Return what is known of seconds and memory; a training has booked its seconds itself, those before a kill too."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         found = dict(json.loads(_cost_file(folder).read_text()))
     with contextlib.suppress(OSError):
         if records := read_metrics(folder / "metrics.jsonl"):
