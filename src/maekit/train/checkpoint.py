@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from maekit.disk import sync
 from maekit.errors import MaekitError
 from maekit.failpoints import reach
 from maekit.settings import FORMAT
@@ -131,13 +132,13 @@ def _write(
         sums["state.json"] = _write_json(temporary / "state.json", {**state, "step": step})
         facts = {"format": FORMAT, "step": step, "files": sums}
         _write_json(temporary / MANIFEST, {**facts, OWN: _sum_of(facts)}, indent=1)
-        _sync(temporary)
+        sync(temporary)
         reach("checkpoint-synced")
         if final.exists():  # one that did not verify, or the run would have gone on from it
             delete(final)
         temporary.rename(final)
         reach("checkpoint-renamed")
-        _sync(folder)
+        sync(folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -340,14 +341,6 @@ def _read(folder: Path, name: str, expected: dict[str, Any]) -> bytes:
     if hashlib.sha256(data).hexdigest() != expected.get("sha256"):
         raise _damaged(folder / name, "another SHA-256 than the manifest's")
     return data
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def delete(path: Path) -> None:
