@@ -78,7 +78,8 @@ class BadImages:
         for index, reason in bad:
             if (name := self.ids[index]) not in self.found:
                 self.found[name] = reason
-                log.warning("skipped: %s", reason)
+                if self.policy == "skip":  # otherwise the error names it
+                    log.warning("skipped: %s", reason)
                 self._list(name, reason)
         of = min(max(self.seen, self.looked_at), len(self.ids))
         if len(self.found) <= most_bad(of, self.policy):
