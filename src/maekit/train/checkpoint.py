@@ -358,12 +358,12 @@ def _damaged(path: Path, found: str) -> MaekitError:
 def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> MaekitError:
     needed = sum(v.numel() * v.element_size() for named in tensors.values() for v in named.values())
     try:
-        free = f", {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        free = f", {_size(shutil.disk_usage(folder).free)} free"
         remains = newest(folder)
     except (OSError, MaekitError):
         free, remains = "", None
     what = f"cannot save a checkpoint in {folder}"
-    found = f"{told(error)} ({needed / 1e6:,.0f} MB needed{free})"
+    found = f"{told(error)} ({_size(needed)} needed{free})"
     if remains is None:
         return MaekitError("E-ENV-DISK", what, found=found, hint="free some space; nothing had been saved yet")
     return MaekitError(
@@ -372,6 +372,14 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
         found=found,
         hint=f"free some space, then the same command goes on from {remains.path.name}",
     )
+
+
+def _size(count: int) -> str:
+    """Return bytes in the largest unit in which they are 10 or more, rounded down."""
+    unit, name = next(
+        ((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if count >= 10 * u), (1, "bytes")
+    )
+    return f"{count // unit:,} {name}"
 
 
 def told(error: OSError) -> str:
