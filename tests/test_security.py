@@ -7,6 +7,7 @@ import ast
 import importlib
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -210,6 +211,27 @@ def test_no_door_runs_a_payload(name: str, tmp_path: Path) -> None:  # T1
     ):
         assert main([word.replace("FILE", str(file)) for word in words.split()]) in (2, 4)
     assert not sentinel.exists() and not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_torchs_distributed_checkpoints_never_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # T2
+    sentinel, folder = tmp_path / "it-ran", tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs(sentinel)))
+    torch.save({"w": torch.ones(2), "more": Runs(sentinel)}, folder / "__0_0.distcp")
+    for place in (folder, folder / ".metadata", folder / "__0_0.distcp"):
+        for words in (
+            "inspect PLACE",
+            f"convert PLACE {tmp_path}/new --to timm",
+            f"pretrain --data builtin:fashion --out {tmp_path}/new --init PLACE --device cpu",
+        ):
+            assert main([word.replace("PLACE", str(place)) for word in words.split()]) in (2, 4), words
+            said = capfd.readouterr().err
+            assert "error[E-C" in said and "Traceback" not in said, said
+    assert not sentinel.exists() and not (tmp_path / "new").exists()
+    pickle.loads((folder / ".metadata").read_bytes())
+    assert sentinel.exists()  # so the payload works
 
 
 def test_a_file_cannot_say_which_code_to_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # T3
