@@ -7,6 +7,7 @@ import ast
 import importlib
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -23,12 +24,14 @@ from PIL import Image
 
 from maekit import floors
 from maekit.cli import main
+from maekit.data.bad_images import BadImages
 from maekit.errors import MaekitError
 from maekit.interchange.files import read_file
 from maekit.interchange.targets import load_target
 from maekit.interchange.weights import load_classifier, load_model, read_weights
 from maekit.report.page import Section, write_report
 from maekit.train import checkpoint
+from maekit.train.log import Log
 
 REPO = Path(__file__).parents[1]
 SRC = REPO / "src" / "maekit"
@@ -210,6 +213,27 @@ def test_no_door_runs_a_payload(name: str, tmp_path: Path) -> None:  # T1
     assert not sentinel.exists() and not (tmp_path / "new").exists()
 
 
+def test_a_folder_of_torchs_distributed_checkpoints_never_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # T2
+    sentinel, folder = tmp_path / "it-ran", tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs(sentinel)))
+    torch.save({"w": torch.ones(2), "more": Runs(sentinel)}, folder / "__0_0.distcp")
+    for place in (folder, folder / ".metadata", folder / "__0_0.distcp"):
+        for words in (
+            "inspect PLACE",
+            f"convert PLACE {tmp_path}/new --to timm",
+            f"pretrain --data builtin:fashion --out {tmp_path}/new --init PLACE --device cpu",
+        ):
+            assert main([word.replace("PLACE", str(place)) for word in words.split()]) in (2, 4), words
+            said = capfd.readouterr().err
+            assert "error[E-C" in said and "Traceback" not in said, said
+    assert not sentinel.exists() and not (tmp_path / "new").exists()
+    pickle.loads((folder / ".metadata").read_bytes())
+    assert sentinel.exists()  # so the payload works
+
+
 def test_a_file_cannot_say_which_code_to_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # T3
     (tmp_path / "evil.py").write_text("import os\nos.mkdir('it-ran')\n")
     (tmp_path / "c.yaml").write_text("module: evil:make\n")
@@ -360,3 +384,48 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(
     with pytest.raises(MaekitError, match="E-ENV-OUT"):
         write_whole(tmp_path / "report.html", b"ours")
     assert precious.read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------- planted files
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_what_is_planted_as_the_lock_is_refused_unread(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:  # T15
+    precious, out = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine and secret")
+    out.mkdir()
+    plant(kind, out / ".lock", precious)
+    assert main(["pretrain", "--data", "builtin:fashion", "--out", str(out), "--device", "cpu"]) == 5
+    said = capfd.readouterr().err
+    assert "error[E-ENV-OUT]: cannot lock" in said and "secret" not in said
+    assert precious.read_text() == "mine and secret"
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_what_is_planted_as_a_file_of_a_run_is_not_written_through(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # T15
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    for name in ("metrics.jsonl", "bad_files.jsonl"):
+        plant(kind, tmp_path / name, precious)
+    account = BadImages(["a.png", "b.png"], file=tmp_path / "bad_files.jsonl")
+    account.begin(0, 0)
+    account.book([(1, "b.png: broken")], 2)
+    with Log(tmp_path, start=0, total=2, batch_size=1) as records:
+        plant(kind, tmp_path / "metrics.jsonl", precious)  # once more, after the file was taken up
+        records.record(1, {"loss": 1.0})
+        records.record(2, {"loss": 1.0})
+    assert caplog.text.count("metrics are not written any more") == 1
+    assert precious.read_text() == "mine"
+
+
+def plant(kind: str, place: Path, target: Path) -> None:
+    place.unlink(missing_ok=True)
+    if kind == "link":
+        place.symlink_to(target)
+    else:
+        os.mkfifo(place) if kind == "fifo" else place.mkdir()

@@ -804,11 +804,28 @@ class _Format(logging.Formatter):
         return line if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {line}"
 
 
+class _Once(logging.Filter):
+    """Lets a skipped image be named once in a command, whoever meets it: the look before, training, pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        if not line.startswith("skipped: "):
+            return True
+        known = line in self.named
+        self.named.add(line)
+        return not known
+
+
 @contextlib.contextmanager
 def _messages_on_stderr(debug: bool) -> Iterator[None]:
     """Show the package's messages on stderr while a command runs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Format())
+    handler.addFilter(_Once())
     before = log.level
     log.addHandler(handler)
     quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one process speaks

@@ -76,14 +76,15 @@ def test_repair_puts_damage_aside_and_the_same_command_goes_on_to_the_same_bits(
     harm(run, 12)
     (run / "checkpoints/.tmp-123").mkdir()
     (run / "encoder.safetensors").write_bytes(b"half of it")
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 12, "lo')
+    metrics = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n" + metrics + b'{"step": 12, "lo')
     asked = {"action": "repair", "run": str(run)}
     would = ckpt({**asked, "dry_run": True})
     assert names(run)[-1] == 12 and len(would.metrics["done"]) == 5  # pyright: ignore[reportArgumentType]
     done = ckpt(asked)
     assert done.metrics["newest"] == 11 and names(run) == list(range(1, 12))
     assert (run / "damaged/checkpoints/step-12/model.safetensors").exists()
+    assert (run / "metrics.jsonl").read_bytes() == metrics and b"\xff" in (run / "damaged/metrics.jsonl").read_bytes()
     assert (run / "damaged/result.json").exists() and not list(run.rglob(".tmp-*"))
     assert ckpt(asked).metrics["done"] == []
     again = package.pretrain({**tiny, "data": str(flat), "out": run, "save_every": 1, "keep": 99})

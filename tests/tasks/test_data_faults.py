@@ -77,4 +77,6 @@ def test_the_first_bad_image_stops_before_the_first_step_where_that_is_asked_for
     done = maekit("pretrain", *words, "--bad-images", "stop")
     assert done.code == 3 and "error[E-DATA-BAD]" in done.stderr and "07.png" in done.stderr
     assert "expected at most 0" in done.stderr and not (tmp_path / "run").exists()
-    assert maekit("pretrain", *words, "--stop-at", "1").code == 75
+    assert "skipped" not in done.stderr and done.stderr.count("07.png") == 2  # the look at it, and the error
+    done = maekit("pretrain", *words)  # the look before, training and the report's pictures meet it
+    assert done.code == 0 and done.stderr.count("07.png") == done.stderr.count("skipped: ") == 1, done.stderr

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import maekit as package
 from maekit.config import resolve
 from maekit.errors import MaekitError
 from maekit.settings import Finetune, Pretrain, Settings
@@ -133,6 +134,28 @@ def test_a_run_may_lie_anywhere(
     done = background(*words, "--out", f"{tmp_path}/{name}", environment={"TMPDIR": "/dev/shm"}).wait()
     assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"], done.stderr
     assert (tmp_path / name / "report.html").exists()
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o000])
+def test_every_file_of_a_run_has_the_mode_that_the_umask_says(
+    mask: int, flat: Path, tiny: dict[str, Any], tmp_path: Path, result: dict[str, Any]
+) -> None:
+    """F12, F24: and the umask changes no bit."""
+    before = os.umask(mask)
+    try:
+        done = package.pretrain({**tiny, "data": str(flat), "out": tmp_path / "run"})
+    finally:
+        os.umask(before)
+    assert done.metrics["state_sha256"] == result["state_sha256"]
+    found = [(path.is_dir(), path.stat().st_mode & 0o777) for path in (tmp_path / "run").rglob("*")]
+    assert len(found) > 15 and set(found) == {(True, 0o777 & ~mask), (False, 0o666 & ~mask)}
+
+
+def test_a_lock_that_cannot_be_read_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / LOCK).write_bytes(b"\xff\xfe\x1b[31m")
+    with caplog.at_level(logging.WARNING, "maekit"), alone(tmp_path):
+        assert "going on in its place" in caplog.text and "\x1b" not in caplog.text
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_lock_whose_holder_was_killed_is_taken_over_with_a_line(

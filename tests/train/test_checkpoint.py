@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,8 +204,16 @@ def test_a_failing_disk_leaves_the_old_checkpoint_and_no_rubbish(
             write(tmp_path, 2)
     assert caught.value.exit_code == 75
     assert os.strerror(number) in str(caught.value)
+    assert re.search(r"\(\d+ bytes needed, [\d,]+ [kMG]?B free\)", str(caught.value))  # F3
     assert "step-1" in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_small_disk_that_is_full_is_told_in_fitting_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=204_800))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(MaekitError, match=r"bytes needed, 204 kB free\)"):
+        write(tmp_path / "file", 1)
 
 
 def test_a_failing_disk_before_any_checkpoint_is_not_called_resumable(tmp_path: Path) -> None:

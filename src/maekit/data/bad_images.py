@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from maekit.data.samples import Bad
+from maekit.disk import own_file
 from maekit.errors import MaekitError
 
 FILE = "bad_files.jsonl"
@@ -20,6 +21,9 @@ AT_LEAST = 5
 """Bad images that are put up with in any case."""
 ONE_IN = 100
 """Of so many images seen one may be bad."""
+
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What a damaged line of the list comes to."""
 
 Policy = Literal["skip", "stop"]
 
@@ -74,7 +78,8 @@ class BadImages:
         for index, reason in bad:
             if (name := self.ids[index]) not in self.found:
                 self.found[name] = reason
-                log.warning("skipped: %s", reason)
+                if self.policy == "skip":  # otherwise the error names it
+                    log.warning("skipped: %s", reason)
                 self._list(name, reason)
         of = min(max(self.seen, self.looked_at), len(self.ids))
         if len(self.found) <= most_bad(of, self.policy):
@@ -101,7 +106,7 @@ class BadImages:
             self._read_file()
             if name in self._listed:
                 return
-            with self.file.open("a+b") as file:
+            with open(self.file, "a+b", opener=own_file) as file:
                 half = self._end and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"  # left by a kill
                 entry = json.dumps({"id": name, "reason": reason, "step": self.step})
                 file.write(b"\n" * bool(half) + entry.encode() + b"\n")
@@ -110,11 +115,11 @@ class BadImages:
         """Take up what an earlier launch or another process has written since the last time."""
         if self.file is None or not self.file.exists():
             return
-        with contextlib.suppress(OSError), self.file.open("rb") as file:
+        with contextlib.suppress(OSError), open(self.file, "rb", opener=own_file) as file:
             file.seek(self._end)
             data = file.read()
             self._end += len(data)
             for line in data.splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                    entry = json.loads(line)
+                with contextlib.suppress(*UNREADABLE):  # a line that a kill cut short
+                    entry = json.loads(line.decode())
                     self._listed.setdefault(entry["id"], (entry["reason"], int(entry.get("step", 0))))

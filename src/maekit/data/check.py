@@ -84,9 +84,11 @@ def check(
     """
     report = survey(source, channels=channels, limit=limit, seed=seed)
     for name, reason in report.bad[:MAX_NAMED]:
-        log.warning("skipped: %s", reason if name in reason else f"{name}: {reason}")
+        told = reason if name in reason else f"{name}: {reason}"
+        log.warning("%s: %s", "skipped" if policy == "skip" else "unreadable", told)
     if report.bad:
-        log.warning("%d of %d images looked at cannot be used and are skipped", len(report.bad), report.seen)
+        then = " and are skipped" if policy == "skip" else ""
+        log.warning("%d of %d images looked at cannot be used%s", len(report.bad), report.seen, then)
     if report.animated:
         log.warning("%d images have several frames or pages; the first one is used", report.animated)
     if report.too_many_bad or len(report.bad) > most_bad(report.seen, policy):

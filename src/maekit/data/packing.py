@@ -35,6 +35,7 @@ from maekit.data.augment import resize_to_cover
 from maekit.data.image import read_image
 from maekit.data.parquet import PACKED, Packed
 from maekit.data.source import Source
+from maekit.disk import put
 from maekit.errors import MaekitError
 from maekit.failpoints import reach
 
@@ -269,7 +270,7 @@ def write_verified(path: Path, data: bytes | memoryview) -> str:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if reach("pack-read-back") or digest_of(temporary) != digest:
             raise OSError(errno.EIO, "what was read back is not what was written", str(path))
-        temporary.replace(path)
+        put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest

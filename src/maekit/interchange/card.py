@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from maekit import __version__
 from maekit.config import Deviation, load_yaml, spell
+from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.interchange.names import TRANSFORMERS, theirs
 from maekit.interchange.reading import Reading
@@ -118,7 +119,8 @@ def write_card(folder: Path, text: str) -> Path:
     path = folder / "README.md"
     refuse_other_card(folder)
     try:
-        path.write_text(text, "utf-8")
+        with open(path, "w", encoding="utf-8", opener=own_file) as file:
+            file.write(text)
     except OSError as error:
         raise MaekitError("E-ENV-OUT", f"cannot write {path}", found=error.strerror or error) from error
     return path

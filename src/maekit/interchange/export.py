@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from maekit.disk import put
 from maekit.errors import MaekitError
 from maekit.interchange.graphs import Graph, Model, graph_of
 
@@ -303,9 +304,7 @@ def _export(
             )
         for part in (_weights_of(file), file):  # so that there is never a file without its weights
             if part.exists():
-                with part.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-                part.rename(path.with_name(part.name))
+                put(part, path.with_name(part.name))
     inputs, outputs = ({name: str(port) for name, port in side.items()} for side in _ports(graph, program))
     return Exported(path, inputs, outputs, differences)
 

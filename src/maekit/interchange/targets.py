@@ -9,7 +9,6 @@ names, then the values. Pickles are not opened at all.
 import contextlib
 import errno
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from maekit.disk import put
 from maekit.errors import MaekitError, clean
 from maekit.interchange.files import Tensors
 from maekit.interchange.reading import check
@@ -139,7 +139,7 @@ def save_target(
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(safetensors.torch.save(tensors, header))
-        os.replace(temporary, path)
+        put(temporary, path)
     except OSError as error:
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
         raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error

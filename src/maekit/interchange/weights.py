@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from maekit.config import load_yaml
+from maekit.disk import put
 from maekit.errors import MaekitError
 from maekit.interchange.card import Origin, origin, refuse_other_card, write_card
 from maekit.interchange.card import card as model_card
@@ -335,9 +335,7 @@ def _save(spec: dict[str, Any], state: Tensors, kind: str, path: Path, **more: A
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(safetensors.torch.save(tensors, _metadata(spec, kind, sha256=_digest(tensors), **more)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put(temporary, path)
     except OSError as error:
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
         raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error

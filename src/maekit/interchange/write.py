@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from maekit.data.augment import default_crop_pct
+from maekit.disk import put
 from maekit.errors import MaekitError, clean
 from maekit.interchange.files import Tensors
 from maekit.interchange.names import DETECTRON2, OFFICIAL, TIMM, TRANSFORMERS, Layout, Row, theirs
@@ -135,7 +136,7 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        temporary.rename(path)
+        put(temporary, path)
     except OSError as error:
         code = "E-ENV-DISK" if error.errno == errno.ENOSPC else "E-ENV-OUT"
         raise MaekitError(code, f"cannot write {path}", found=error.strerror or error) from error

@@ -1,11 +1,11 @@
-"""Files of a report: whole or absent."""
+"""Files of a report: whole or absent, after a power cut too."""
 
 import contextlib
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from maekit.disk import put
 from maekit.errors import MaekitError
 
 
@@ -30,7 +30,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        put(temporary, path)
     except OSError as error:
         raise MaekitError("E-ENV-OUT", f"cannot write {path}", found=error.strerror or error) from error
     finally:

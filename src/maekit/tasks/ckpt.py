@@ -23,7 +23,7 @@ from maekit.tasks import Result
 from maekit.tasks.run_folder import alone, typed
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS
-from maekit.train.log import read_metrics
+from maekit.train.log import ASIDE, sort_metrics
 
 log = logging.getLogger("maekit")
 
@@ -183,13 +183,11 @@ def _repair(settings: Ckpt, folders: list[Path]) -> Result:
 def _repair_beside(run: Path, stage: Path, dry: bool) -> Iterator[str]:
     """Mend what stands beside the checkpoints: half a line of metrics, a result or weights that cannot be read."""
     metrics = stage / "metrics.jsonl"
-    if metrics.exists():
-        records = read_metrics(metrics)
-        lost = len(metrics.read_text(encoding="utf-8", errors="replace").splitlines()) - len(records)
-        if lost:
-            if not dry:
-                write_whole(metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
-            yield f"dropped {lost} unreadable lines of {metrics.relative_to(run)}"
+    records, lost = sort_metrics(metrics)
+    if lost:
+        yield f"{_aside(run, metrics, dry)}: {len(lost)} of its lines cannot be read, the others stay"
+        if not dry:
+            write_whole(metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
     harmed = [path for path in sorted(stage.glob("*.safetensors")) if _unreadable(path)]
     result = stage / "result.json"
     if result.exists() and (harmed or not _is_json(result)):
@@ -209,7 +207,7 @@ def _unreadable(weights: Path) -> bool:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
 

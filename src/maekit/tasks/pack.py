@@ -30,6 +30,7 @@ from maekit.data.check import LIMIT
 from maekit.data.packing import Piece, Shard, Way, cut, digest_of, pack_image, psnr, write_shard
 from maekit.data.samples import WAITS, may_pass
 from maekit.data.sources import VAL_NAMES, Form, Source, open_source, parts_of
+from maekit.disk import sync
 from maekit.errors import MaekitError
 from maekit.failpoints import reach
 from maekit.report.files import write_whole
@@ -497,11 +498,7 @@ def _take_place(folder: Path, out: Path) -> None:
         reach("pack-finish")
         folder.replace(out)
         (out / LOCK).unlink(missing_ok=True)
-        descriptor = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(out.parent)
     except OSError as error:
         raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
 

@@ -28,6 +28,7 @@ import torch
 
 from maekit import __version__, settings
 from maekit.config import dump_yaml, load_yaml, resolve
+from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Settings
@@ -144,7 +145,7 @@ def _cost_file(folder: Path) -> Path:
 def _read_cost(folder: Path) -> dict[str, Any]:
     """Return what is known of seconds and memory; a training has booked its seconds itself, those before a kill too."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         found = dict(json.loads(_cost_file(folder).read_text()))
     with contextlib.suppress(OSError):
         if records := read_metrics(folder / "metrics.jsonl"):
@@ -283,7 +284,7 @@ def beside(jobs: int) -> Runner:
         kind = resolve_device(str(part.settings.model_dump().get("device", "cpu"))).type
         sharing = math.ceil(jobs / devices(kind))
         command = [sys.executable, "-m", "maekit.tasks.parts", str(file), str(sharing)]
-        with file.with_suffix(".log").open("ab") as out:
+        with open(file.with_suffix(".log"), "ab", opener=own_file) as out:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment)
         return _Process(file, process)
 

@@ -155,7 +155,7 @@ def _first_readable(source: Source, indices: range, model: MaskedAutoencoder) ->
         try:
             return [(_view(source.read(index), source.ids[index], model), source.ids[index])]
         except MaekitError as error:
-            log.warning("skipped: %s", error)
+            log.warning("skipped: %s", error.args[0])
     return []
 
 

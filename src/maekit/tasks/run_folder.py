@@ -20,11 +20,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from maekit.config import deviations, dump_yaml, load_yaml, resolve
+from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Loop, Place, Settings
@@ -155,7 +156,8 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
     or after it ends the run in the same way: exit code 75 if there is a checkpoint to go on from.
 
     Raises:
-        MaekitError: E-ENV-BUSY if another process is at work in the folder, and whatever `work` raises.
+        MaekitError: E-ENV-BUSY if another process is at work in the folder, E-ENV-OUT if that cannot be told, and
+            whatever `work` raises.
     """
     if run.result is not None:
         log.info("%s: finished already, nothing to do", run.path)
@@ -198,7 +200,7 @@ def alone(path: Path) -> Iterator[None]:
         yield
         return
     file = path / LOCK
-    with file.open("a+", encoding="utf-8") as held:
+    with _lock_file(file) as held:
         held.seek(0)
         holder = held.read(200)
         try:
@@ -225,6 +227,16 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
+
+
+def _lock_file(file: Path) -> TextIO:
+    try:
+        return open(file, "a+", encoding="utf-8", errors="replace", opener=own_file)
+    except OSError as error:
+        raise MaekitError(
+            "E-ENV-OUT", f"cannot lock {file.parent}", found=f"{LOCK}: {error.strerror or error}",
+            expected="a file of maekit's own there", hint="another --out, or find out who put it there",
+        ) from error  # fmt: skip
 
 
 def _busy(path: Path, holder: str, hint: str) -> MaekitError:

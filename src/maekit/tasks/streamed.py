@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import sys
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from maekit import __version__
 from maekit.data.loader import Batch, Loader
 from maekit.data.sources import Source
+from maekit.disk import put
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
 from maekit.tasks import Result
@@ -123,9 +123,7 @@ class Parts:
         try:
             with temporary.open("xb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path(number))
+            put(temporary, self._path(number))
         except OSError as error:
             raise MaekitError("E-ENV-OUT", f"cannot write in {self.folder}", found=error.strerror or error) from error
         finally:

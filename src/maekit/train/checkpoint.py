@@ -32,6 +32,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from maekit.disk import sync
 from maekit.errors import MaekitError
 from maekit.failpoints import reach
 from maekit.settings import FORMAT
@@ -160,13 +161,13 @@ def _write(
         sums["state.json"] = _write_json(temporary / "state.json", {**state, "step": step})
         facts = {"format": FORMAT, "step": step, "files": sums}
         _write_json(temporary / MANIFEST, {**facts, OWN: _sum_of(facts)}, indent=1)
-        _sync(temporary)
+        sync(temporary)
         reach("checkpoint-synced")
         if final.exists():
             _make_way(final)
         temporary.rename(final)
         reach("checkpoint-renamed")
-        _sync(folder)
+        sync(folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -486,14 +487,6 @@ def _read(folder: Path, name: str, expected: dict[str, Any]) -> bytes:
     return data
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def delete(path: Path) -> None:
     """Delete a checkpoint: renamed first, so that a kill in the middle leaves rubbish with a name, not half of one."""
     doomed = path.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -510,13 +503,13 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
     needed = sum(v.numel() * v.element_size() for named in tensors.values() for v in named.values())
     free, remains, hint = "", None, "free some space; nothing had been saved yet"
     with contextlib.suppress(OSError):
-        free = f", {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        free = f", {_size(shutil.disk_usage(folder).free)} free"
     try:
         remains = newest(folder)
     except MaekitError as fault:
         hint = f"mend the disk: what was saved before cannot be gone on from either ({fault.code})"
     what = f"cannot save a checkpoint in {folder}"
-    found = f"{told(error)} ({needed / 1e6:,.0f} MB needed{free})"
+    found = f"{told(error)} ({_size(needed)} needed{free})"
     if remains is None:
         return MaekitError("E-ENV-DISK", what, found=found, hint=hint)
     return MaekitError(
@@ -525,6 +518,14 @@ def _cannot_write(folder: Path, tensors: dict[str, Tensors], error: OSError) -> 
         found=found,
         hint=f"free some space, then the same command goes on from {remains.path.name}",
     )
+
+
+def _size(count: int) -> str:
+    """Return bytes in the largest unit in which they are 10 or more, rounded down."""
+    unit, name = next(
+        ((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if count >= 10 * u), (1, "bytes")
+    )
+    return f"{count // unit:,} {name}"
 
 
 def told(error: OSError) -> str:

@@ -3,12 +3,14 @@
 Losses, scores, images per second since the launch, and the share of the time in which steps waited for data
 (`maekit.train.waits`): near 0, more loader processes gain nothing.
 
-A full disk must never stop training: a sink that fails says so once and falls silent (checkpoints do raise).
+A full disk must never stop training: a sink that fails says so once and falls silent (checkpoints do raise). Nor must
+lines that cannot be read: they are put aside.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -20,7 +22,12 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from maekit.disk import own_file
+
 log = logging.getLogger("maekit")
+
+ASIDE = "damaged"
+"""Folder of a run for what was damaged: nothing of it is deleted."""
 
 
 class Log:
@@ -32,16 +39,24 @@ class Log:
         self.broken = False
         self.before = self._drop_after(start)
         self.board: SummaryWriter | None = None
-        with contextlib.suppress(OSError):
-            self.board = SummaryWriter(str(run / "events"), purge_step=start + 1)
+        with contextlib.suppress(OSError):  # under names that cannot be guessed: torch would follow a link there
+            suffix = f".{uuid.uuid4().hex}"
+            self.board = SummaryWriter(str(run / "events"), purge_step=start + 1, filename_suffix=suffix)
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def _drop_after(self, step: int) -> float:
         """Drop records later than `step`; return the seconds of training already booked."""
-        if not self.path.exists():
+        records, lost = sort_metrics(self.path)
+        if not records and not lost:
             return 0.0
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        kept = [record for record in records if record["step"] <= step]
         with contextlib.suppress(OSError):
+            if lost:
+                aside = self.path.parent / ASIDE / self.path.name
+                log.warning("%s: %d lines cannot be read, they go to %s", self.path, len(lost), aside)
+                aside.parent.mkdir(exist_ok=True)
+                with open(aside, "ab", opener=own_file) as file:
+                    file.write(b"".join(line + b"\n" for line in lost))
             temporary = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
             with temporary.open("x", encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept))
@@ -61,7 +76,7 @@ class Log:
         seconds = self.before + time.monotonic() - self.began
         record = {"step": step, **values, "images_per_second": round(self.rate(step), 1), "time": round(seconds, 2)}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=own_file) as file:
                 file.write(json.dumps(record) + "\n")
             if self.board is not None:
                 for name, value in values.items():
@@ -103,15 +118,36 @@ class Log:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl, none of a file that is not there; lines that are none are left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
+    return sort_metrics(path)[0]
+
+
+def sort_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Return the records of a file and the lines that are none; of what cannot be read at all neither, with a line."""
+    if not os.path.lexists(path):
+        return [], []
+    try:
+        with open(path, "rb", opener=own_file) as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error.strerror or error)
+        return [], []
+    records, lost = [], []
+    for line in filter(None, lines):
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and _whole(record):
+            records.append(record)
+        else:
+            lost.append(line)
+    return records, lost
+
+
+def _whole(record: dict[str, Any]) -> bool:
+    """Tell whether a record has a step, and seconds, if any, that can be counted with."""
+    seconds = record.get("time", 0.0)
+    return isinstance(record.get("step"), int) and isinstance(seconds, int | float) and math.isfinite(seconds)
 
 
 def clock(seconds: float) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from maekit.disk import own_file
 from maekit.errors import MaekitError
 from maekit.train.device import World
 from maekit.train.log import Log, read_metrics
@@ -128,7 +129,10 @@ class Recheck:
         self.count += 1
         if self.world.is_main:
             line = json.dumps({"step": step, "found": found, "process": rank})
-            with contextlib.suppress(OSError), self.file.open("a", encoding="utf-8") as file:
+            with (
+                contextlib.suppress(OSError),
+                open(self.file, "a", encoding="utf-8", opener=own_file) as file,
+            ):
                 file.write(line + "\n")
         if records:
             records.record(self.state.step, {"sdc": self.count})
