@@ -9,7 +9,8 @@ import pytest
 
 from maekit.errors import MaekitError
 from maekit.settings import Soak
-from maekit.soak.bench import Bench, Lost, copied, make
+from maekit.soak.bench import Bench, copied, make
+from maekit.soak.children import Command, Lost
 from maekit.soak.storage import SAVING, flip
 from maekit.tasks.soak import KINDS, soak
 from maekit.train import checkpoint
@@ -81,6 +82,37 @@ def test_what_is_left_of_a_lost_trial_says_what_was_said(tmp_path: Path, monkeyp
     assert (tmp_path / "trial-3" / "config.yaml").exists()
     (said,) = (tmp_path / "trial-3" / "said").iterdir()
     assert "24 steps" in (said / "stderr").read_text()
+
+
+@pytest.mark.slow
+def test_a_command_that_hangs_is_killed_with_its_group_and_counts_as_lost(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = bench.children.limit
+    assert limit is not None and 120 < limit < 120 + 20 * 60
+    monkeypatch.setattr(bench.children, "limit", 8.0)
+    hung = bench.faulty(tmp_path / "run", "numbers-loss:hang@3", "--workers", "2")
+    with pytest.raises(Lost, match=r"hung at '.+': not over after 8 s"):
+        hung.wait()
+    assert hung.group_is_gone(10) and not bench.children.running
+
+
+@pytest.mark.slow
+def test_what_a_trial_did_not_expect_is_lost_and_ctrl_c_tells_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[Command] = []
+
+    def strange(bench: Bench, run: Path, _: Random) -> int:
+        if commands:
+            raise KeyboardInterrupt
+        commands.append(bench.faulty(run, "numbers-loss:hang", "--workers", "0"))
+        return len("it said"[99:].splitlines()[-1])
+
+    monkeypatch.setitem(KINDS, "clock", (strange, 1))
+    found = soak({"kinds": "clock", "minutes": 9})
+    assert found.exit_code == 130 and found.metrics["trials"] == 2
+    assert found.metrics["lost"] == [{"trial": 0, "kind": "clock", "what": "IndexError: list index out of range"}]
+    assert "IndexError: list index out of range\n  again: maekit soak --seed 0 --trial 0 --kinds clock" in found.text
+    assert commands[0].group_is_gone(10)
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from pathlib import Path
 from random import Random
 
 from maekit.errors import MaekitError
-from maekit.soak.bench import Bench, Lost, check_said, copied
+from maekit.soak.bench import Bench, check_said, copied
+from maekit.soak.children import Lost
 from maekit.train import checkpoint
 
 SAVING = (
