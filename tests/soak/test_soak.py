@@ -1,5 +1,7 @@
 """Each kind of fault, some trials of each; and what breaks a promise is noticed, told, and can be done again."""
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ from maekit.errors import MaekitError
 from maekit.settings import Soak
 from maekit.soak.bench import Bench, copied, make
 from maekit.soak.children import Command, Lost
-from maekit.soak.storage import SAVING, flip
+from maekit.soak.storage import SAVING, flip, refused
 from maekit.tasks.soak import KINDS, soak
 from maekit.train import checkpoint
+from maekit.zygote import Refusal
 
 PLACES = {
     "saver-write": 4,
@@ -52,6 +55,13 @@ def test_a_kill_at_every_place_of_a_save_leaves_the_step_or_the_one_before(
     assert died.code == -9, died.stderr
     assert bench.check_verified(tmp_path / "run") == left
     bench.finish(tmp_path / "run", "--workers", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(6))
+def test_any_write_of_a_run_may_be_refused(bench: Bench, number: int, tmp_path: Path) -> None:
+    """F3, F4: of config, lock, metrics, events, report too, once or from then on."""
+    refused(bench, tmp_path / "run", Random(number))
 
 
 @pytest.mark.slow
@@ -120,6 +130,24 @@ def test_the_command_draws_the_same_trial_again() -> None:
     """Of damage to the disk: how many steps a kill at some moment costs is the clock's."""
     found = [soak({"seed": 3, "trial": 7, "minutes": 1, "kinds": "flip,truncate,missing,swapped"}) for _ in range(2)]
     assert found[0].metrics == found[1].metrics and found[0].metrics["trials"] == 1 and found[0].exit_code == 0
+
+
+def test_a_refusal_counts_the_writes_into_its_folder_and_no_others() -> None:
+    writing, reading = os.O_WRONLY | os.O_CREAT, os.O_RDONLY
+    refusal = Refusal("/run/", errno.ENOSPC, first=3, ever=False)
+    refusal("open", ("/run/a", "w", writing))
+    for event, told in (
+        ("open", ("/run/a", "r", reading)), ("open", ("/elsewhere", "w", writing)), ("open", (7, "w", writing)),
+        ("compile", ("/run/a",)), ("os.listdir", ("/run/a",)),
+    ):  # fmt: skip
+        refusal(event, told)
+    refusal("os.mkdir", (b"/run/b", 511, -1))
+    with pytest.raises(OSError, match=r"No space left.*/run/b"):
+        refusal("os.rename", ("/run/b", "/run/c", -1, -1))
+    refusal("os.remove", ("/run/b", -1))
+    refusal.ever = True
+    with pytest.raises(OSError, match="No space left"):
+        refusal("os.remove", ("/run/b", -1))
 
 
 def test_each_place_of_a_save_is_tried() -> None:

@@ -114,7 +114,7 @@ class Children:
 
     def start(
         self, *argv: str | Path, cwd: Path | None = None, file_size: int | None = None,
-        environment: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None, clock: float = 0.0, refuse: dict[str, object] | None = None,
     ) -> Command:  # fmt: skip
         """Start ``maekit ARGV``.
 
@@ -122,6 +122,8 @@ class Children:
             cwd: its working folder; default: a new one.
             file_size: no file may become longer, in bytes.
             environment: variables beside those that are there.
+            clock: seconds by which its time of day is another.
+            refuse: fields of `maekit.zygote.Refusal`, for a system that refuses to write.
         """
         self.count += 1
         folder = self.folder / str(self.count)
@@ -129,6 +131,7 @@ class Children:
         request = {
             "argv": [str(word) for word in argv], "cwd": str(cwd or folder), "file_size": file_size,
             "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"), "environment": environment or {},
+            "clock": clock, "refuse": refuse,
         }  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
