@@ -83,6 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, list[dict[
 
 @pytest.mark.parametrize("at", range(1, STEPS))
 def test_stop_at_any_step_and_go_on_gives_the_same_bits_and_losses(tmp_path: Path, at: int, whole: Any) -> None:
+    """F20."""
     first = train(tmp_path, stop_at=at)
     assert (first.step, first.stopped) == (at, True)
     second = train(tmp_path)
@@ -93,6 +94,7 @@ def test_stop_at_any_step_and_go_on_gives_the_same_bits_and_losses(tmp_path: Pat
 
 
 def test_a_stop_at_every_single_step_gives_the_same_bits(tmp_path: Path, whole: Any) -> None:
+    """F20, F21: a chain of as many launches as there are steps."""
     for at in range(1, STEPS):
         train(tmp_path, stop_at=at)
     assert train(tmp_path).state_sha256 == whole[0].state_sha256
@@ -105,6 +107,7 @@ def test_the_save_interval_changes_no_bit(tmp_path: Path, every: int, whole: Any
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_not_bits(tmp_path: Path, whole: Any) -> None:
+    """F5, F6."""
     train(tmp_path, stop_at=9, save_every=3, keep=5)
     file = tmp_path / "checkpoints" / "step-9" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
