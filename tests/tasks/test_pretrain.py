@@ -260,8 +260,15 @@ def test_a_signal_to_the_group_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gap", [0.0, 0.05, 0.8])
-@pytest.mark.parametrize("kinds", [(signal.SIGUSR1,), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("kinds", "gap"),
+    [
+        ((signal.SIGUSR1,), 0.0),
+        ((signal.SIGUSR1, signal.SIGTERM), 0.05),
+        ((signal.SIGINT, signal.SIGINT), 0.0),
+        ((signal.SIGINT, signal.SIGINT), 0.3),
+    ],
+)
 def test_usr1_or_a_second_signal_to_the_group_ends_a_run_no_other_way(
     background: Run, until: Run, words: list[str], tmp_path: Path, kinds: tuple[signal.Signals, ...], gap: float
 ) -> None:
