@@ -66,13 +66,15 @@ def holders(*patterns: str) -> set[str]:
     return {file for file, used in USES.items() if any(wanted.fullmatch(name) for name, _ in used)}
 
 
-def test_pickles_are_opened_in_the_gate_only() -> None:  # T1, T2, T6
+def test_pickles_are_opened_in_the_gate_only() -> None:
+    """T1, T2, T6; T4: no scanner is asked whether a file may be trusted; T5: nothing is ever unpacked onto the disk."""
     assert holders(r"import pickle(tools)?", r"pickle\..*", r"torch\.load", r"(import )?torch\.serialization.*") == {
         "interchange/files.py"
     }
     gate = [words for name, words in USES["interchange/files.py"] if name == "torch.load()"]
     assert {"weights_only": "True", "map_location": "'cpu'"} in gate
     assert not holders(
+        r"(import )?(picklescan|modelscan|fickling|safepickle)(\..*)?",
         r"(import )?(joblib|dill|cloudpickle|shelve|marshal|codeop|runpy|tarfile|shutil\.unpack_archive)(\..*)?",
         r".*\.(extractall|unpack_archive)",
         r"torch\.(jit|hub|package)\.load.*",
@@ -232,6 +234,25 @@ def test_a_folder_of_torchs_distributed_checkpoints_never_runs(
     assert not sentinel.exists() and not (tmp_path / "new").exists()
     pickle.loads((folder / ".metadata").read_bytes())
     assert sentinel.exists()  # so the payload works
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    ["inspect FILE", "convert FILE new --to timm", "knn FOLDER --data builtin:fashion", "finetune --config FILE"],
+)
+def test_no_command_runs_a_payload(words: str, tmp_path: Path) -> None:
+    """T1: the real command over a pickle that is planted under every name it could have."""
+    sentinel, folder = tmp_path / "it-ran", tmp_path / "w"
+    folder.mkdir()
+    for name in ("x.pth", "pytorch_model.bin", "encoder.safetensors", "config.yaml"):
+        torch.save({"model": {"a": torch.ones(2)}, "more": Runs(sentinel)}, folder / name)
+    argv = words.replace("FILE", str(folder / "x.pth")).replace("FOLDER", str(folder)).split()
+    done = subprocess.run(
+        [sys.executable, "-m", "maekit", *argv], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode in (2, 4) and done.stderr.count("error[E-C") == 1, done.stderr
+    assert "Traceback" not in done.stderr and not sentinel.exists() and sorted(tmp_path.iterdir()) == [folder]
 
 
 def test_a_file_cannot_say_which_code_to_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # T3

@@ -2,7 +2,8 @@
 
 A start of Python with torch takes seconds, a fork takes milliseconds. It reads one JSON object a line from stdin (a
 command to start) and writes one a line to stdout: ready, started, ended. A child is what ``python -m maekit`` is, in a
-process group of its own. Nothing is computed here before a fork: OpenMP does not survive one.
+process group of its own. Nothing is computed here before a fork: OpenMP does not survive one. What a request says of
+another clock or of writes that are refused is arranged in the child alone, around code that knows nothing of it.
 """
 
 import json
@@ -11,6 +12,7 @@ import resource
 import select
 import sys
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -23,9 +25,53 @@ def _tell(**facts: Any) -> None:
     sys.stdout.flush()
 
 
+WRITES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+"""What changes a folder, beside a file that is opened for writing: audit events whose first word is a path."""
+
+
+@dataclass
+class Refusal:
+    """The system refuses to write into a folder: an audit hook of Python's, which may raise.
+
+    Attributes:
+        folder: whose files and folders are refused; others are not.
+        number: the errno.
+        first: at which opening, renaming, deleting it begins, from 1.
+        ever: and stays; else that one time.
+    """
+
+    folder: str
+    number: int
+    first: int
+    ever: bool
+    tried: int = 0
+
+    def __call__(self, event: str, told: tuple[Any, ...]) -> None:
+        """Count, and raise where it is time.
+
+        Raises:
+            OSError: the refusal.
+        """
+        opened = event == "open" and isinstance(told[2], int) and told[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if not (opened or event in WRITES) or isinstance(told[0], int) or told[0] is None:
+            return
+        if os.fsdecode(told[0]).startswith(self.folder):
+            self.tried += 1
+            if self.tried == self.first or (self.ever and self.tried > self.first):
+                raise OSError(self.number, os.strerror(self.number), os.fsdecode(told[0]))
+
+
+def _shift_clock(seconds: float) -> None:
+    """Let Python's code see another time of day; how long something takes stays true."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + round(seconds * 1e9)
+
+
 def _start(
-    argv: list[str], cwd: str, stdout: str, stderr: str, file_size: int | None, environment: dict[str, str]
-) -> NoReturn:
+    argv: list[str], cwd: str, stdout: str, stderr: str, file_size: int | None, environment: dict[str, str],
+    clock: float, refuse: dict[str, Any] | None,
+) -> NoReturn:  # fmt: skip
     os.setsid()
     os.chdir(cwd)
     for number, path in ((0, os.devnull), (1, stdout), (2, stderr)):
@@ -36,6 +82,10 @@ def _start(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.environ.update(environment)
     time.tzset()
+    if clock:
+        _shift_clock(clock)
+    if refuse is not None:
+        sys.addaudithook(Refusal(**refuse))
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     sys.argv = ["maekit", *argv]
     command()

@@ -40,7 +40,7 @@ def cases() -> list[Case]:
 
 
 def paths() -> list[Case]:
-    """What is no place with images."""
+    """What is no place with images; T5: an archive is none, and is not unpacked to see."""
     urls = (
         "https://example.org/images",
         "http://127.0.0.1:9/x.parquet",

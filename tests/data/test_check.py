@@ -1,6 +1,8 @@
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +129,22 @@ def test_only_as_many_as_the_limit_are_read_evenly_and_by_the_seed() -> None:
         drawn.append(sorted(images.seen))
     assert drawn[0] == drawn[1] != drawn[2]
     assert [i // 10 for i in drawn[0]] == list(range(100))
+
+
+def test_of_more_than_ten_thousand_images_ten_thousand_are_read() -> None:
+    """The figure of the fifth promise: what is read when nobody says how many."""
+    images, seen = torch.zeros(10_001, 1, 2, 2, dtype=torch.uint8), []
+
+    class Counting(Sequence[torch.Tensor]):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, i: Any) -> Any:
+            seen.append(i)
+            return images[i]
+
+    assert check(DatasetSource(Counting())).seen == 10_000
+    assert len(set(seen)) == 10_000
 
 
 def test_a_report_does_not_depend_on_the_run(tmp_path: Path) -> None:

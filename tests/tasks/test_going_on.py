@@ -169,6 +169,14 @@ def test_a_lock_whose_holder_was_killed_is_taken_over_with_a_line(
     assert not (tmp_path / LOCK).exists()
 
 
+def test_a_lock_that_cannot_be_deleted_does_not_take_the_place_of_what_happened(tmp_path: Path) -> None:
+    """F4: a disk that is suddenly read-only; the exit code would say 5 in place of 75."""
+    with pytest.raises(KeyboardInterrupt), alone(tmp_path):
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).mkdir()
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("holder", "taken"), [("pid 4194999 on HERE", True), ("pid 1 on HERE", False), ("pid 4194999 on elsewhere", False)]
 )

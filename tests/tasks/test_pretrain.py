@@ -122,6 +122,7 @@ def test_stopping_in_bf16_with_averaged_weights_and_odd_parts_gives_the_same_bit
 def test_stopping_at_every_step_gives_the_same_bits_and_lines(
     flat: Path, tiny: dict[str, Any], result: dict[str, Any], whole: Path, tmp_path: Path, records: Run
 ) -> None:
+    """F20, the whole trainer."""
     for at in range(1, 12):
         settings = {**tiny, "data": str(flat), "out": tmp_path / str(at)}
         assert package.pretrain({**settings, "stop_at": at}).exit_code == 75
@@ -215,6 +216,7 @@ def until_done(background: Run, words: list[str], run: Path, moments: random.Ran
 def test_kills_at_random_moments_change_no_bit(
     background: Run, words: list[str], result: dict[str, Any], whole: Path, tmp_path: Path, records: Run, seed: int
 ) -> None:
+    """F1."""
     done = until_done(background, [*words, "--save-every", "1"], tmp_path / "run", random.Random(seed), 4)
     assert done.code == 0 and done.json["state_sha256"] == result["state_sha256"], done.stderr
     assert records(tmp_path / "run") == records(whole)
@@ -254,6 +256,40 @@ def test_a_signal_to_the_group_saves_and_the_same_command_goes_on(
     assert saved is not None and saved.step == step
     straight = background(*words, "--out", tmp_path / "straight", "--workers", "0", "--stop-at", step + 5).wait()
     done = background(*words, "--stop-at", step + 5).wait()
+    assert done.code == 75 and done.json["state_sha256"] == straight.json["state_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kinds", "gap"),
+    [
+        ((signal.SIGUSR1,), 0.0),
+        ((signal.SIGUSR1, signal.SIGTERM), 0.05),
+        ((signal.SIGINT, signal.SIGINT), 0.0),
+        ((signal.SIGINT, signal.SIGINT), 0.3),
+    ],
+)
+def test_usr1_or_a_second_signal_to_the_group_ends_a_run_no_other_way(
+    background: Run, until: Run, words: list[str], tmp_path: Path, kinds: tuple[signal.Signals, ...], gap: float
+) -> None:
+    """F13: SLURM's warning reaches the loader workers and what serves them too; people press ctrl-C twice."""
+    words = [*words, "--workers", "2", "--steps", "400"]
+    command = background(*words)
+    until((tmp_path / "run/metrics.jsonl").exists)
+    time.sleep(gap)
+    for kind in kinds:
+        with contextlib.suppress(ProcessLookupError):  # it has ended of the first
+            command.send(kind)
+        time.sleep(gap)
+    command.wait()
+    assert command.code == 75, command.stderr
+    assert "Traceback" not in command.stderr and "resource_tracker" not in command.stderr, command.stderr
+    assert command.group_is_gone(10)
+    step = command.json["steps"]
+    saved = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert saved is not None and saved.step == step
+    straight = background(*words, "--out", tmp_path / "straight", "--workers", "0", "--stop-at", step + 2).wait()
+    done = background(*words, "--stop-at", step + 2).wait()
     assert done.code == 75 and done.json["state_sha256"] == straight.json["state_sha256"]
 
 

@@ -66,6 +66,7 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_newest_is_the_highest_step_not_the_latest_file(tmp_path: Path) -> None:
+    """F11: no time of a file says what is newest."""
     for step in (9, 20, 100):
         write(tmp_path, step, keep=3)
     for name in ("step-9/manifest.json", "step-9"):
@@ -109,6 +110,7 @@ def test_weights_that_verify_but_are_not_finite_are_passed_over(tmp_path: Path) 
 
 
 def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    """F5."""
     write(tmp_path, 1)
     good = write(tmp_path, 2)
     draw = random.Random(0)
@@ -125,22 +127,45 @@ def test_every_flipped_bit_is_found_and_the_one_before_is_taken(tmp_path: Path) 
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["truncate", "delete", "empty", "swap"])
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "manifest.json")
+
+
+def lengths(file: Path) -> set[int]:
+    """Return where a file may end early: 64 lengths over all, with the ends of what frames it."""
+    size = file.stat().st_size
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little") if file.suffix == ".safetensors" else size // 3
+    return {0, 1, 7, 8, 9, header - 1, header, header + 1, size // 2, size - 1, *(size * i // 64 for i in range(64))}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["truncate", "delete", "empty folder", "swap"])
 def test_harmed_files_are_refused_with_one_clear_error(tmp_path: Path, name: str, harm: str) -> None:
-    other, path = write(tmp_path, 1), write(tmp_path, 2)
+    """F6: of a file, every sort of early end; gone; all gone; another step's."""
+    other, path = (
+        save(tmp_path, step, {**tensors(step), "ema": {"w": torch.full((3, 2), float(step))}}, {"window": [0.5]},
+             metadata=META, keep=9)
+        for step in (1, 2)
+    )  # fmt: skip
+    assert {file.name for file in path.iterdir()} == set(FILES)
     file = path / name
     if harm == "truncate":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif harm == "delete":
-        file.unlink()
-    elif harm == "empty":
-        file.write_bytes(b"")
-    else:
+        whole = file.read_bytes()
+        for length in sorted(lengths(file)):
+            file.write_bytes(whole[:length])
+            refused(tmp_path, path)
+        return
+    if harm == "swap":
         shutil.copy(other / name, file)
+    for one in {"delete": [file], "empty folder": list(path.iterdir()), "swap": []}[harm]:
+        one.unlink()
+    refused(tmp_path, path)
+
+
+def refused(folder: Path, harmed: Path) -> None:
+    """Check that a checkpoint is refused and the first one taken in its place."""
     with pytest.raises(MaekitError, match="E-CKPT"):
-        load(path)
-    found = newest(tmp_path)
+        load(harmed)
+    found = newest(folder)
     assert found is not None
     assert found.step == 1
 
@@ -159,6 +184,7 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path, names: list[str]) -> No
     "text", ["[]", "{}", "null", '{"format": 1, "files": 3, "step": 1}', "not json", '{"format": 1}']
 )
 def test_rubbish_manifests_are_damage_not_tracebacks(tmp_path: Path, text: str) -> None:
+    """F6."""
     path = write(tmp_path, 1)
     (path / "manifest.json").write_text(text)
     with pytest.raises(MaekitError, match="E-CKPT-DAMAGED"):
@@ -226,6 +252,7 @@ def test_a_failing_disk_before_any_checkpoint_is_not_called_resumable(tmp_path: 
 def test_files_are_synced_before_the_rename_and_the_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """F9."""
     order: list[str] = []
     fsync, rename = os.fsync, Path.rename
 

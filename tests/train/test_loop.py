@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, list[dict[
 
 @pytest.mark.parametrize("at", range(1, STEPS))
 def test_stop_at_any_step_and_go_on_gives_the_same_bits_and_losses(tmp_path: Path, at: int, whole: Any) -> None:
+    """F20."""
     first = train(tmp_path, stop_at=at)
     assert (first.step, first.stopped) == (at, True)
     second = train(tmp_path)
@@ -93,6 +95,7 @@ def test_stop_at_any_step_and_go_on_gives_the_same_bits_and_losses(tmp_path: Pat
 
 
 def test_a_stop_at_every_single_step_gives_the_same_bits(tmp_path: Path, whole: Any) -> None:
+    """F20, F21: a chain of as many launches as there are steps."""
     for at in range(1, STEPS):
         train(tmp_path, stop_at=at)
     assert train(tmp_path).state_sha256 == whole[0].state_sha256
@@ -105,6 +108,7 @@ def test_the_save_interval_changes_no_bit(tmp_path: Path, every: int, whole: Any
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_not_bits(tmp_path: Path, whole: Any) -> None:
+    """F5, F6."""
     train(tmp_path, stop_at=9, save_every=3, keep=5)
     file = tmp_path / "checkpoints" / "step-9" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -207,6 +211,28 @@ def test_scores_are_taken_in_eval_mode_of_model_and_average_and_modes_come_back(
 def test_metrics_that_cannot_be_written_do_not_stop_training(tmp_path: Path, whole: Any) -> None:
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "gone" / "metrics.jsonl")  # every write to it fails
     assert train(tmp_path).state_sha256 == whole[0].state_sha256
+
+
+def test_an_events_file_that_cannot_be_written_is_said_without_a_traceback(
+    tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F3, F4: TensorBoard writes in a thread of its own."""
+    tracebacks: list[Any] = []
+
+    def note(told: Any) -> None:
+        tracebacks.append(told)
+
+    class Away(Points):
+        def steps(self, start: int, stop: int) -> Iterator[Iterator[dict[str, Tensor]]]:
+            for parts in super().steps(start, stop):
+                shutil.rmtree(tmp_path / "events", ignore_errors=True)
+                yield parts
+
+    monkeypatch.setattr(threading, "excepthook", note)
+    assert train(tmp_path, Away(), log_every=1).state_sha256 == whole[0].state_sha256
+    assert caplog.text.count("metrics are not written any more") == 1 and not tracebacks
+    assert len(records(tmp_path)) == STEPS
+    assert threading.excepthook is note
 
 
 def test_an_events_folder_that_cannot_be_made_does_not_stop_training(tmp_path: Path, whole: Any) -> None:

@@ -9,13 +9,14 @@ does not verify.
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from maekit import failpoints
 from maekit.errors import MaekitError
-from maekit.soak.children import Children, Command
+from maekit.soak.children import Children, Command, Lost
 from maekit.train import checkpoint
 from maekit.train.log import read_metrics
 
@@ -28,8 +29,8 @@ RUN = [
 ]  # fmt: skip
 
 
-class Lost(Exception):
-    """A promise was broken; the text says which."""
+PATIENCE, TIMES = 120.0, 20
+"""A command that takes longer than so many seconds and so many times the run left in peace hangs."""
 
 
 @dataclass
@@ -50,30 +51,31 @@ class Bench:
     template: Path = field(init=False)
     """A run that was stopped in the middle with several checkpoints, to be copied."""
 
-    def command(
-        self, run: Path, *more: str, file_size: int | None = None, environment: dict[str, str] | None = None
-    ) -> Command:
-        """Start, or go on with, the run in a folder."""
+    def command(self, run: Path, *more: str, **options: Any) -> Command:
+        """Start, or go on with, the run in a folder; options as of `Children.start`."""
         words = ["pretrain", *RUN, "--data", self.data, "--out", run, "--json", *more]
-        return self.children.start(*words, file_size=file_size, environment=environment)
+        return self.children.start(*words, **options)
 
     def faulty(self, run: Path, fault: str, *more: str) -> Command:
         """Start it with a failpoint."""
         return self.command(run, *more, environment={failpoints.VARIABLE: fault})
 
-    def finish(self, run: Path, *more: str) -> None:
+    def finish(self, run: Path, *more: str, logged: bool = True) -> None:
         """Give the command again, in peace, and compare the end.
+
+        Args:
+            logged: metrics.jsonl must hold every step.
 
         Raises:
             Lost: if anything is not as it would have been.
         """
         done = self.command(run, *more).wait()
         if done.code != 0:
-            raise Lost(f"the same command did not go on: exit {done.code}, {last_line(done)}")
+            raise Lost(f"the same command did not go on: exit {done.code}, {done.last_line}")
         if done.json["state_sha256"] != self.digest:
             raise Lost(f"other bits at the end: {done.json['state_sha256'][:12]}, not {self.digest[:12]}")
         steps = [record["step"] for record in read_metrics(run / "metrics.jsonl")]
-        if steps != list(range(1, STEPS + 1)):
+        if logged and steps != list(range(1, STEPS + 1)):
             raise Lost(f"metrics.jsonl has steps {steps}")
         self.check_tidy(run, done)
 
@@ -126,19 +128,20 @@ def make(folder: Path, seed: int) -> Bench:
         low = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         low.resize((40, 36), Image.Resampling.BICUBIC).save(data / f"{i:02d}.png")
     (folder / "said").mkdir()
-    bench = Bench(folder, Children(folder / "said"), data)
+    bench = Bench(folder, Children(folder / "said", PATIENCE), data)
     peace = bench.command(folder / "peace", "--save-every", "6", "--workers", "0").wait()
     if peace.code != 0:
-        raise Lost(f"the run left in peace failed: {last_line(peace)}")
+        raise Lost(f"the run left in peace failed: {peace.last_line}")
     bench.digest = peace.json["state_sha256"]
     records = read_metrics(folder / "peace" / "metrics.jsonl")
     bench.seconds = 1.0 + max(record["time"] for record in records)  # and its start
+    bench.children.limit = PATIENCE + TIMES * bench.seconds
     bench.template = folder / "template"
     stopped = bench.command(
         bench.template, "--save-every", "4", "--keep", "4", "--stop-at", "18", "--workers", "0"
     ).wait()
     if stopped.code != 75:
-        raise Lost(f"the run that is stopped failed: {last_line(stopped)}")
+        raise Lost(f"the run that is stopped failed: {stopped.last_line}")
     return bench
 
 
@@ -154,13 +157,8 @@ def check_said(command: Command, *codes: int, pattern: str = "") -> None:
         Lost: naming them.
     """
     if command.code not in codes:
-        raise Lost(f"exit code {command.code}, not one of {codes}: {last_line(command)}")
+        raise Lost(f"exit code {command.code}, not one of {codes}: {command.last_line}")
     if "Traceback" in command.stderr:
-        raise Lost(f"a traceback: {last_line(command)}")
+        raise Lost(f"a traceback: {command.last_line}")
     if pattern and pattern not in command.stderr:
-        raise Lost(f"nothing said of {pattern!r}: {last_line(command)}")
-
-
-def last_line(command: Command) -> str:
-    """Return the last line that a command said."""
-    return (command.stderr.splitlines() or ["it said nothing"])[-1]
+        raise Lost(f"nothing said of {pattern!r}: {command.last_line}")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from maekit.soak.bench import STEPS, Bench, Lost, check_said
-from maekit.soak.children import Command
+from maekit.soak.bench import STEPS, Bench, check_said
+from maekit.soak.children import Command, Lost
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -4,14 +4,17 @@ Each takes the bench, a folder for its run and a source of chance; it returns ho
 raises `maekit.soak.bench.Lost` if a promise was broken. Numbers F.. are those of docs/reliability.md.
 """
 
+import errno as errors
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from random import Random
 
 from maekit.errors import MaekitError
-from maekit.soak.bench import Bench, Lost, check_said, copied
+from maekit.soak.bench import Bench, check_said, copied
+from maekit.soak.children import Lost
 from maekit.train import checkpoint
 
 SAVING = (
@@ -78,9 +81,9 @@ def _found_and_gone_on(bench: Bench, run: Path) -> int:
 
 def failpoint(bench: Bench, run: Path, random: Random) -> int:
     """F2: kill -9 at a named place of a save."""
-    place, time = random.choice(SAVING), random.randint(1, 4)
+    place, when = random.choice(SAVING), random.randint(1, 4)
     died = bench.faulty(
-        run, f"{place}:kill@{time}", "--save-every", str(random.randint(1, 4)), "--keep", str(random.randint(1, 3))
+        run, f"{place}:kill@{when}", "--save-every", str(random.randint(1, 4)), "--keep", str(random.randint(1, 3))
     ).wait()
     if died.code not in (0, -signal.SIGKILL):
         raise Lost(f"exit code {died.code}")
@@ -90,7 +93,29 @@ def failpoint(bench: Bench, run: Path, random: Random) -> int:
 
 
 def errno(bench: Bench, run: Path, random: Random) -> int:
-    """F3, F4: the system refuses a write, once or from then on."""
+    """F3, F4: the system refuses a write, once or from then on: of a checkpoint, or any in the run folder."""
+    return (_refused_checkpoint if random.random() < 0.4 else refused)(bench, run, random)
+
+
+def refused(bench: Bench, run: Path, random: Random) -> int:
+    """F3, F4: any of all the openings, renamings, deletions in the run folder, of config, metrics, events, report."""
+    first, number, ever = random.randint(1, 100), getattr(errors, random.choice(ERRNOS).upper()), random.random() < 0.5
+    refuse = {"folder": f"{run}/", "number": number, "first": first, "ever": ever}
+    done = bench.command(run, "--save-every", "6", "--workers", "0", refuse=refuse).wait()
+    check_said(done, 0, 5, 75, pattern="" if done.code == 0 else "error[E-")
+    if done.stderr.count("error[E-") != (done.code != 0):
+        raise Lost(f"exit code {done.code}, and not one line of error: {done.last_line}")
+    newest = bench.check_verified(run)
+    if done.code == 0 and done.json["state_sha256"] != bench.digest:
+        raise Lost("other bits at the end")
+    if done.code == 75 and newest < 0:
+        raise Lost("exit code 75 without a checkpoint")
+    redone = max(0, bench.redone(run))
+    bench.finish(run, "--save-every", "6", "--workers", "0", logged="metrics are not written" not in done.stderr)
+    return redone
+
+
+def _refused_checkpoint(bench: Bench, run: Path, random: Random) -> int:
     place, kind, first = random.choice(WRITING), random.choice(ERRNOS), random.randint(1, 9)
     ever, going = random.random() < 0.5, random.random() < 0.5
     words = ["--save-every", str(random.randint(2, 5)), "--save-errors", "keep-going" if going else "stop"]
@@ -118,17 +143,20 @@ def clock(bench: Bench, run: Path, random: Random) -> int:
     """F11: clocks and file times say nothing of what is newest."""
     copied(bench, run)
     found = checkpoint.steps(run / "checkpoints")
+    back = random.random() < 0.5  # the clock has been set back by an hour: what was written before is of later
     for path in found:
-        when = random.choice((0, 10**9, 4 * 10**9)) + random.randrange(10**6)
+        when = time.time() + 3600 if back else random.choice((0, 10**9, 4 * 10**9)) + random.randrange(10**6)
         for file in [*path.iterdir(), path]:
             os.utime(file, (when, when))
     before = checkpoint.newest(run / "checkpoints")
     if before is None or before.path != found[0]:
         raise Lost("another checkpoint counts as the newest")
     zones = ("UTC", "Asia/Kathmandu", "America/St_Johns", "EST5EDT")
-    done = bench.command(
-        run, "--workers", "0", environment={"TZ": random.choice(zones), "LC_ALL": "tr_TR.UTF-8"}
-    ).wait()
+    surroundings = {"TZ": random.choice(zones), "LC_ALL": "tr_TR.UTF-8"}
+    shift = random.choice((-3600, 3600, -(10**9)))
+    done = bench.command(run, "--workers", "0", environment=surroundings, clock=shift).wait()
     check_said(done, 0)
+    if done.json["state_sha256"] != bench.digest:
+        raise Lost("other bits under another clock")
     bench.finish(run, "--workers", "0")
     return 0

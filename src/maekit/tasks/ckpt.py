@@ -23,7 +23,7 @@ from maekit.tasks import Result
 from maekit.tasks.run_folder import alone, typed
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS
-from maekit.train.log import ASIDE, sort_metrics
+from maekit.train.log import sort_metrics
 
 log = logging.getLogger("maekit")
 

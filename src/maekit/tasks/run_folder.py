@@ -226,7 +226,8 @@ def alone(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that refuses has been told of; nobody holds what is left
+                file.unlink(missing_ok=True)
 
 
 def _lock_file(file: Path) -> TextIO:

@@ -20,7 +20,8 @@ from maekit.report.evaluation import aligned
 from maekit.seeds import mix
 from maekit.settings import Soak
 from maekit.soak import processes, storage
-from maekit.soak.bench import Bench, Lost, make
+from maekit.soak.bench import Bench, make
+from maekit.soak.children import Lost
 from maekit.soak.fuzz import KINDS as MUTANT_KINDS
 from maekit.soak.fuzz import fuzz
 from maekit.tasks import Result
@@ -29,6 +30,8 @@ from maekit.train.log import clock
 
 log = logging.getLogger("maekit")
 
+INTERRUPTED = 130
+"""Exit code after ctrl-C, as `maekit.cli` has it; what was tried until then is told all the same."""
 MUTANTS = 500
 """Damaged files that one trial of fuzz reads."""
 
@@ -96,38 +99,44 @@ def soak(settings: Soak | dict[str, Any]) -> Result:
             bench = make(Path(folder), settings.seed)
         except Lost as error:
             raise MaekitError("E-ENV-SOAK", "the run left in peace", found=str(error)) from error
+        tallies = {kind: Tally() for kind in kinds}
         try:
-            tallies = _trials(settings, kinds, bench)
+            _trials(settings, tallies, bench)
+            code = int(any(tally.lost for tally in tallies.values()))
+        except KeyboardInterrupt:
+            log.info("interrupted: what there is so far")
+            code = INTERRUPTED
         finally:
             bench.children.close()
-    return _result(settings, tallies)
+    return _result(settings, tallies, code)
 
 
-def _trials(settings: Soak, kinds: list[str], bench: Bench) -> dict[str, Tally]:
-    tallies = {kind: Tally() for kind in kinds}
+def _trials(settings: Soak, tallies: dict[str, Tally], bench: Bench) -> None:
     log.info("reference run: %.1f s, state %s", bench.seconds, bench.digest[:12])
     end = time.monotonic() + 60 * settings.minutes
     number, told = settings.trial or 0, time.monotonic()
     while time.monotonic() < end:
         random = Random(mix(settings.seed, number))
-        kind = random.choices(kinds, [KINDS[kind][1] for kind in kinds])[0]
+        kind = random.choices(list(tallies), [KINDS[kind][1] for kind in tallies])[0]
         run = bench.folder / f"trial-{number}"
         tallies[kind].trials += 1
         before = bench.children.count
         try:
             tallies[kind].worst = max(tallies[kind].worst, KINDS[kind][0](bench, run, random))
-        except Lost as error:
-            tallies[kind].lost.append((number, str(error)))
-            log.warning("LOST trial %d, %s: %s%s", number, kind, error, _kept(settings, run, bench, before))
+        except Exception as error:  # what nobody has thought of is lost too, and no reason to end
+            what = str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+            tallies[kind].lost.append((number, what))
+            log.warning("LOST trial %d, %s: %s%s", number, kind, what, _kept(settings, run, bench, before))
+        finally:
+            bench.children.end()
         shutil.rmtree(run, ignore_errors=True)
-        if settings.trial is not None:
+        if settings.trial is not None or bench.children.process.poll() is not None:
             break
         number += 1
         if time.monotonic() - told > 10:
             told = time.monotonic()
             lost = sum(len(tally.lost) for tally in tallies.values())
             log.info("%d trials, %d lost, %s left", number, lost, clock(max(0.0, end - told)))
-    return tallies
 
 
 def _kept(settings: Soak, run: Path, bench: Bench, before: int) -> str:
@@ -143,7 +152,7 @@ def _kept(settings: Soak, run: Path, bench: Bench, before: int) -> str:
     return f" (kept in {place})"
 
 
-def _result(settings: Soak, tallies: dict[str, Tally]) -> Result:
+def _result(settings: Soak, tallies: dict[str, Tally], code: int) -> Result:
     rows = [("kind", "trials", "survived", "worst: steps done again")]
     rows += [
         (kind, str(one.trials), str(one.trials - len(one.lost)), str(one.worst))
@@ -167,4 +176,4 @@ def _result(settings: Soak, tallies: dict[str, Tally]) -> Result:
     mutants = MUTANTS * tallies["fuzz"].trials if "fuzz" in tallies else 0
     read = f", {mutants} damaged files" if mutants else ""
     end = f"{total} trials{read}, {len(lost)} lost"
-    return Result(metrics, "\n".join([*aligned(rows), *lines, end]), int(bool(lost)))
+    return Result(metrics, "\n".join([*aligned(rows), *lines, end]), code)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -39,6 +40,7 @@ class Log:
         self.broken = False
         self.before = self._drop_after(start)
         self.board: SummaryWriter | None = None
+        self.other_threads, threading.excepthook = threading.excepthook, self._thread_failed
         with contextlib.suppress(OSError):  # under names that cannot be guessed: torch would follow a link there
             suffix = f".{uuid.uuid4().hex}"
             self.board = SummaryWriter(str(run / "events"), purge_step=start + 1, filename_suffix=suffix)
@@ -82,11 +84,27 @@ class Log:
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
         except OSError as error:
-            if not self.broken:
-                log.warning("metrics are not written any more: %s; training goes on", error)
-            self.broken = True
-            self.board = None
+            self._tell_broken(error)
+            self._close_board()
         self._show(step, values)
+
+    def _tell_broken(self, error: OSError) -> None:
+        if not self.broken:
+            log.warning("metrics are not written any more: %s; training goes on", error)
+        self.broken = True
+
+    def _thread_failed(self, told: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, from which an error would come as a traceback."""
+        if isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard."):
+            self._tell_broken(told.exc_value)
+        else:
+            self.other_threads(told)
+
+    def _close_board(self) -> None:
+        board, self.board = self.board, None
+        if board is not None:
+            with contextlib.suppress(OSError):
+                board.close()
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         shown = {k: f"{v:.4g}" for k, v in values.items() if k == "loss" or "/" in k}
@@ -111,9 +129,8 @@ class Log:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.board is not None:
-            with contextlib.suppress(OSError):
-                self.board.close()
+        self._close_board()
+        threading.excepthook = self.other_threads
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
