@@ -418,7 +418,7 @@ def test_what_is_planted_as_the_lock_is_refused_unread(
     precious.write_text("mine and secret")
     out.mkdir()
     plant(kind, out / ".lock", precious)
-    assert main(["pretrain", "--data", "builtin:fashion", "--out", str(out), "--device", "cpu"]) == 5
+    assert main(["pretrain", "--data", "builtin:fashion", "--out", str(out), "--device", "cpu", "--steps", "1"]) == 5
     said = capfd.readouterr().err
     assert "error[E-ENV-OUT]: cannot lock" in said and "secret" not in said
     assert precious.read_text() == "mine and secret"
