@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from maekit.disk import own_file
 from maekit.errors import MaekitError
 from maekit.settings import PEER_TIMEOUT
 from maekit.train.allocator import keep_freed_memory
@@ -243,7 +244,10 @@ def without_peer(error: RuntimeError, step: int, saved_at: int, run: Path) -> Ma
     hangs = "time" in text
     told = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[-1]).partition(". ")[0]  # less its place in torch's code
     if hangs:
-        with contextlib.suppress(OSError), (run / f"hang-{dist.get_rank()}.txt").open("w", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError),
+            open(run / f"hang-{dist.get_rank()}.txt", "w", encoding="utf-8", opener=own_file) as file,
+        ):
             faulthandler.dump_traceback(file)
     return MaekitError(
         "E-STOP-PEER" if saved_at >= 0 else "E-ENV-PEER", f"step {step + 1}",
