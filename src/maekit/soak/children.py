@@ -45,11 +45,16 @@ class Command:
         return self
 
     def send(self, kind: signal.Signals, *, group: bool = True) -> None:
-        """Send a signal to the whole process group, as a terminal or a scheduler does, or to the process alone."""
+        """Send a signal to the whole process group, as a terminal or a scheduler does, or to the process alone.
+
+        Raises:
+            ProcessLookupError: if it is gone.
+        """
         if group:
-            os.killpg(self.pid, kind)
-        else:
-            os.kill(self.pid, kind)
+            with contextlib.suppress(ProcessLookupError):  # or it has not made its group yet
+                os.killpg(self.pid, kind)
+                return
+        os.kill(self.pid, kind)
 
     @property
     def stdout(self) -> str:
@@ -154,8 +159,9 @@ class Children:
     def end(self, *pids: int) -> None:
         """Kill the groups of some children, by default of all whose end was not waited for."""
         for pid in pids or tuple(self.running):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # at its very start it has no group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
             self.running.discard(pid)
             if self.process.poll() is None:
                 self.wait(pid)
