@@ -277,7 +277,7 @@ def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
         children = [
-            context.Process(target=_in_child, args=(rank, nproc, f"{folder}/{STORE.lower()}", sender, task, args))
+            context.Process(target=_in_child, args=(rank, nproc, f"{folder}/store", sender, task, args))
             for rank in range(nproc)
         ]
         with _forwarded(STOPS) as forwarded:
