@@ -1,9 +1,9 @@
 """Keep memory that was freed: a step frees what the next one needs again, and Linux would clear every page anew.
 
 torch takes the memory of a CPU's tensors from the C library. The GNU one gives large pieces back to the system as soon
-as they are freed, so a step asks for them again, and the system maps and clears each page of 4 KiB. Told to keep what it
-has, it does without. On top of that the first GiB is asked for in pages of 2 MiB, which saves the processor looking up
-512 small ones. Results do not change, nor does memory at its peak. ``benchmarks/allocator.py`` measures what it is
+as they are freed, so a step asks for them again, and the system maps and clears each page of 4 KiB. Told to keep what
+it has, it does without. On top of that the first GiB is asked for in pages of 2 MiB, which saves the processor looking
+up 512 small ones. Results do not change, nor does memory at its peak. ``benchmarks/allocator.py`` measures what it is
 worth: a tenth of a step of the quickstart's model (docs/benchmarks.md).
 
 mallopt(3), madvise(2) and the kernel's admin-guide/mm/transhuge say what is asked for here.
