@@ -200,6 +200,20 @@ def test_what_a_kill_left_before_the_first_step_is_no_foreign_file(
     assert done.metrics["state_sha256"] == result["state_sha256"]
 
 
+def test_what_a_kill_left_is_deleted_but_not_what_another_run_is_writing_inside(
+    tiny: dict[str, Any], flat: Path, tmp_path: Path
+) -> None:
+    settings = {**tiny, "data": str(flat), "out": tmp_path}
+    package.pretrain({**settings, "stop_at": 5})
+    inner = tmp_path / "another run"
+    inner.mkdir()
+    (tmp_path / "reconstructions").mkdir(exist_ok=True)
+    for path in (tmp_path / ".tmp-1", tmp_path / "reconstructions/.tmp-2", inner / ".tmp-3", inner / ".lock"):
+        path.write_text("half of")
+    package.pretrain(settings)
+    assert list(tmp_path.rglob(".tmp-*")) == [inner / ".tmp-3"]
+
+
 def until_done(background: Run, words: list[str], run: Path, moments: random.Random, kills: int) -> Any:
     """Kill the command again and again at random moments, then let it finish."""
     for _ in range(kills):

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import start_processes
 
 import maekit as package
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks and gloo as on Linux")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="gloo as on Linux")]
 
 
 def member(rank: int, size: int, port: int, settings: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def launch(size: int, settings: dict[str, Any]) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(member, (size, port, settings), nprocs=size, start_method="fork")
+    start_processes(member, (size, port, settings), nprocs=size, start_method="spawn")
     told = {(settings["out"] / f"told-{rank}").read_text() for rank in range(size)}
     assert len(told) == 1
     return told.pop()

@@ -234,7 +234,7 @@ def test_a_bad_number_in_one_process_stops_or_skips_in_both_at_the_same_step(tmp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(_one_of_two, (tmp_path, port, policy), nprocs=2, start_method="fork")
+    start_processes(_one_of_two, (tmp_path, port, policy), nprocs=2, start_method="spawn")
     told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
     assert told[0] == told[1]
     if policy == "stop":

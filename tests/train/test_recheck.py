@@ -223,7 +223,7 @@ def launch(size: int, run: Path, what: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(_member, (size, run, port, what), nprocs=size, start_method="fork")
+    start_processes(_member, (size, run, port, what), nprocs=size, start_method="spawn")
     told = {(run / f"told-{rank}").read_text() for rank in range(size)}
     assert len(told) == 1
     return told.pop()

@@ -220,9 +220,10 @@ def alone(path: Path) -> Iterator[None]:
         held.truncate(0)
         held.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         held.flush()
-        for leftover in path.glob(".tmp-*"):
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+        for leftover in (*path.glob(".tmp-*"), *path.glob("*/.tmp-*")):
+            if leftover.parent == path or not (leftover.parent / LOCK).exists():  # no run of its own inside this one
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
         try:
             yield
         finally:
