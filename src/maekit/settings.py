@@ -398,6 +398,12 @@ class Pretrain(Steady, Size, Views, Statistics, Autoencoder, Masks, Loop, Machin
     checkpointing: bool = setting(
         False, "compute activations twice to save memory: encoder and decoder blocks", resume="free"
     )
+    checkpointing_encoder: int = setting(
+        1, "with checkpointing: encoder blocks computed anew together; 0: none", ge=0, resume="free"
+    )
+    checkpointing_decoder: int = setting(
+        1, "with checkpointing: decoder blocks computed anew together; 0: none", ge=0, resume="free"
+    )
 
 
 class Held(Settings):
@@ -1014,7 +1020,7 @@ class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
     takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
     takes_only: ClassVar[tuple[str, ...]] = (
         *Place.model_fields, *Size.model_fields, *Views.model_fields, *Autoencoder.model_fields, *Masks.model_fields,
-        "batch_size", "save_every",
+        "batch_size", "save_every", "checkpointing_encoder", "checkpointing_decoder",
     )  # fmt: skip
 
     action: Literal["train", "scale", "memory", "checkpoint", "mask", "data", "decode"] | None = setting(
@@ -1026,6 +1032,12 @@ class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
     batch_size: int = setting(32, "images of a step", ge=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: what the hardware does well")
     compile: bool = setting(False, "train: compile maekit's model with torch.compile")
+    checkpointing_encoder: int = setting(
+        1, "memory: encoder blocks computed anew together, with checkpointing; 0: none", ge=0
+    )
+    checkpointing_decoder: int = setting(
+        1, "memory: decoder blocks computed anew together, with checkpointing; 0: none", ge=0
+    )
     vs: Names | None = setting(None, "train, memory: peers that take turns: transformers,timm-forward,lightly")
     rounds: int = setting(7, "train, scale, checkpoint, mask: turns of each contender", ge=1)
     over: Literal["batch-size", "mask-ratio", "img-size", "threads"] = setting("mask-ratio", "scale: what is swept")

@@ -114,6 +114,11 @@ def test_masks_and_memory(small: None) -> None:
     many = {"action": "memory", "batch_size": 256, "precision": "fp32", "patch_size": 4, "depth": 6, "decoder_depth": 4}
     memory: Any = bench({**TINY, **many}).metrics
     assert memory["mib"]["maekit --checkpointing"] < 0.8 * memory["mib"]["maekit"]
+    some: Any = bench({**TINY, **many, "checkpointing_encoder": 2, "checkpointing_decoder": 0}).metrics
+    encoder = some["mib"]["maekit --checkpointing --checkpointing-encoder 2 --checkpointing-decoder 0"]
+    assert memory["mib"]["maekit --checkpointing"] < encoder < memory["mib"]["maekit"]
+    counted = [*memory["counted_mib"].values(), *some["counted_mib"].values()]
+    assert counted[1] < counted[3] < counted[0] == counted[2] < memory["mib"]["maekit"]
     trained = create_model(**{**MODEL, "patch_size": 4, "depth": 6, "decoder_depth": 4}).parameters()
     moments = sum(12 * part.numel() for part in trained if part.requires_grad) / 2**20  # with the weights, in fp32
     assert memory["kept_mib"]["maekit"] == pytest.approx(moments, rel=0.1)

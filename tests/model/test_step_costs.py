@@ -295,7 +295,7 @@ def test_what_is_computed_anew_casts_no_weight_again() -> None:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     casts = []
     for anew in (False, True):
-        model.set_checkpointing(anew)
+        model.set_checkpointing(int(anew), int(anew))
         done = watched(model, "bf16")
         casts.append(Counter(one.source for one in done if one.name == "_to_copy" and one.source in weights))
     more = casts[1] - casts[0]

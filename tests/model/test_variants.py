@@ -61,9 +61,9 @@ def spec_for(target: str) -> dict[str, Any] | None:
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(VARIANTS, TARGETS, st.sampled_from([0, 1]), st.booleans())
+@given(VARIANTS, TARGETS, st.sampled_from([0, 1]), st.tuples(st.integers(0, 3), st.integers(0, 3)))
 def test_every_combination_trains_or_is_refused_in_one_line(
-    variant: dict[str, Any], target: str, depth: int, checkpointing: bool
+    variant: dict[str, Any], target: str, depth: int, checkpointing: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     changes = {"decoder_depth": depth, "img_size": SIZE, "patch_size": PATCH}
@@ -74,7 +74,7 @@ def test_every_combination_trains_or_is_refused_in_one_line(
     except MaekitError as error:
         assert "\n" not in str(error) and error.code.startswith("E-CONFIG-")
         return
-    model.train().set_checkpointing(checkpointing)
+    model.train().set_checkpointing(*checkpointing)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for _ in range(2):
         torch.manual_seed(1)
@@ -363,13 +363,16 @@ def test_learned_positions_learn_and_are_resampled(build: Build) -> None:
 
 
 @pytest.mark.parametrize("variant", [{}, {"decoder_kind": "cross"}])
-def test_checkpointing_changes_no_bit_of_a_gradient(build: Build, variant: dict[str, Any]) -> None:
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        model = build(variant=variant, drop_path=0.5).train()
-        model.set_checkpointing(checkpointing)
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 3), (5, 2), (0, 1), (1, 0)])
+def test_checkpointing_changes_no_bit_of_a_gradient(
+    build: Build, variant: dict[str, Any], blocks: tuple[int, int]
+) -> None:
+    def gradients(*checkpointing: int) -> dict[str, Tensor]:
+        model = build(variant=variant, drop_path=0.5, depth=4, decoder_depth=3).train()
+        model.set_checkpointing(*checkpointing)
         torch.manual_seed(2)
         model.loss(images_for(model), noise_for(model)).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    one, other = gradients(False), gradients(True)
+    one, other = gradients(0, 0), gradients(*blocks)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

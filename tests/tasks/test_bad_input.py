@@ -56,6 +56,8 @@ ROWS = [
     (f"{PRETRAIN} --mask-ratio 0.9999", 2, "E-CONFIG-MASK", "0.9999"),
     (f"{PRETRAIN} --mask-ratio 75", 2, "E-CONFIG-VALUE", "less than 1"),
     (f"{PRETRAIN} --batch-size 8 --micro-batch 3", 2, "E-CONFIG-BATCH", "--micro-batch auto"),
+    (f"{PRETRAIN} --checkpointing-encoder 2", 2, "E-CONFIG-IDLE", "without checkpointing"),
+    (f"{PRETRAIN} --checkpointing --checkpointing-encoder 0 --checkpointing-decoder 0", 2, "E-CONFIG-IDLE", "0 blocks"),
     (f"{PRETRAIN} --roll-back 2", 2, "E-CONFIG-IDLE", "without spike_sigma"),
     (f"{PRETRAIN} --micro-batch 0", 2, "E-CONFIG-VALUE", "micro_batch"),
     (f"{PRETRAIN} --workers -1", 2, "E-CONFIG-VALUE", "workers"),

@@ -17,7 +17,14 @@ def settings(tiny: dict[str, Any], flat: Path, out: Path, **more: Any) -> dict[s
 
 
 VARIANTS: list[dict[str, Any]] = [
-    {"mask_kind": "block", "mask_ratio": 0.5, "mask_ratio_max": 0.8, "add_noise": 0.2, "checkpointing": True},
+    {
+        "mask_kind": "block",
+        "mask_ratio": 0.5,
+        "mask_ratio_max": 0.8,
+        "add_noise": 0.2,
+        "checkpointing": True,
+        "checkpointing_encoder": 2,
+    },
     {"encoder_mask_token": True, "decoder_depth": 0, "target": "hog", "class_tokens": 0},
     {"decoder_kind": "cross", "decode_ratio": 0.25, "positions": "learned", "color_jitter": 0.4, "crop": "fixed"},
 ]

@@ -18,6 +18,8 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_head
 VARIANTS: dict[str, dict[str, Any]] = {
     "the paper's": {},
     "computed anew": {},
+    "computed anew by two": {},
+    "computed anew in the encoder": {},
     "drop path": {"drop_path": 0.2},
     "low pass": {"target": "low_pass"},
     "hog": {"target": "hog"},
@@ -35,7 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def build(name: str) -> MaskedAutoencoder:
     torch.manual_seed(0)
     model = create_model("vit_tiny_patch16_224", **SIZES, **VARIANTS[name]).train()
-    model.set_checkpointing(name == "computed anew")
+    if name.startswith("computed anew"):
+        model.set_checkpointing(2 if "two" in name else 1, 0 if "encoder" in name else 1)
     return model
 
 

@@ -112,7 +112,7 @@ def test_activations_that_are_computed_anew_in_bf16_change_no_gradient() -> None
     images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
 
     def gradients(anew: bool) -> list[Tensor]:
-        model.set_checkpointing(anew)
+        model.set_checkpointing(int(anew), int(anew))
         model.zero_grad()
         with autocast("bf16", CPU, keep_casts=not anew):
             model.loss(images, noise).backward()
@@ -126,7 +126,7 @@ def test_activations_that_are_computed_anew_in_bf16_change_no_gradient() -> None
 def test_casts_that_are_kept_for_the_next_pass_change_no_gradient(anew: bool) -> None:
     model = create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
                          decoder_dim=32, decoder_depth=2, decoder_heads=2).train()  # fmt: skip
-    model.set_checkpointing(anew)
+    model.set_checkpointing(int(anew), int(anew))
     images, noise = torch.randn(6, 3, 32, 32), torch.rand(6, 16)
 
     def gradients(context: Any) -> list[Tensor]:

@@ -93,7 +93,7 @@ def ours(model: MaskedAutoencoder, mask_ratio: float, precision: str, *, compile
         return made(images, noise, mask_ratio)
 
     made: Any = torch.compile(model.loss, dynamic=False) if compiled else model.loss
-    keep = not model.decoder.checkpointing
+    keep = not (model.encoder.grad_checkpointing or model.decoder.checkpointing)  # as in training
     return Contender("maekit", model.train(), loss, precision, own=True, keep_casts=keep)
 
 

@@ -45,7 +45,7 @@ class Job:
         name: "maekit", or a peer.
         spec: arguments of `create_model`.
         shape: of the images, (B, C, H, W).
-        checkpointing: compute activations anew.
+        checkpointing: blocks of encoder and decoder whose activations are computed anew together; 0: none.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Job:
     precision: str
     device: str
     threads: int
-    checkpointing: bool = False
+    checkpointing: tuple[int, int] = (0, 0)
 
 
 def held(job: Job) -> Held:
@@ -85,7 +85,7 @@ def _build(job: Job, device: torch.device) -> Contender:
         if device.type == "cpu":
             keep_freed_memory()  # as in training
         model = create_model(**job.spec).to(device)
-        model.set_checkpointing(job.checkpointing)
+        model.set_checkpointing(*job.checkpointing)
         return ours(model, job.mask_ratio, job.precision, compiled=False)
     with torch.device("meta"):
         same = create_model(**job.spec)

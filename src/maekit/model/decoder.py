@@ -14,6 +14,7 @@ attended to, and that is all. The numbers are the same.
 B batch, N patches, K kept patches, M patches wanted, D encoder width, Dd decoder width, T tokens with prefix.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
 
     Attributes:
         parts: whether only the patches that are wanted are decoded, in place of all.
-        checkpointing: recompute activations in the backward pass.
+        checkpointing: blocks whose activations are computed anew together in the backward pass; 0: none.
 
     Raises:
         MaekitError: E-CONFIG-WIDTH, E-CONFIG-DEPTH, E-CONFIG-HEADS.
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
         self.num_prefix, self.num_patches = num_prefix, grid[0] * grid[1]
         self.depth, self.full_length, self.cross = depth, variant.full_length, variant.decoder_kind == "cross"
         self.parts = self.cross or variant.decode_ratio is not None
-        self.checkpointing = False
+        self.checkpointing = 0
         if depth == 0:
             _check_head_alone(variant)
             self.pred = nn.Linear(embed_dim, num_values)
@@ -138,20 +139,20 @@ class Decoder(nn.Module):
         places = self.pos_embed[0]
         asked = places.expand(memory.shape[0], -1, -1) if ids is None else F.embedding(ids, places)
         tokens = self.mask_token + asked
-        for block in self.blocks:
-            if self.checkpointing and self.training:
-                tokens = checkpoint(block, tokens, memory, use_reentrant=False)
-                assert isinstance(tokens, Tensor)
-            else:
-                tokens = block(tokens, memory)
+        blocks = [*self.blocks]
+        if not (self.checkpointing and self.training):
+            return _through(blocks, tokens, memory)
+        for start in range(0, len(blocks), self.checkpointing):
+            some = blocks[start : start + self.checkpointing]
+            tokens = checkpoint(_through, some, tokens, memory, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
         return tokens
 
     def _blocks(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
         """Run the blocks, the last one only as far as tokens (B, M) of `ids` need it."""
         assert isinstance(self.blocks, nn.Sequential)
-        anew = self.checkpointing and self.training
+        anew = self.checkpointing if self.training else 0
         blocks, last = (self.blocks, None) if ids is None else (self.blocks[:-1], self.blocks[-1])
-        tokens = checkpoint_seq(blocks, tokens) if anew and len(blocks) else blocks(tokens)
+        tokens = checkpoint_seq(blocks, tokens, every=anew) if anew and len(blocks) else blocks(tokens)
         if last is None:
             return tokens
         if anew:
@@ -159,6 +160,12 @@ class Decoder(nn.Module):
             assert isinstance(tokens, Tensor)
             return tokens
         return _some_of_block(last, tokens, ids)
+
+
+def _through(blocks: Sequence[nn.Module], tokens: Tensor, memory: Tensor) -> Tensor:
+    for block in blocks:
+        tokens = block(tokens, memory)
+    return tokens
 
 
 class CrossBlock(nn.Module):

@@ -152,7 +152,7 @@ def encode(encoder: VisionTransformer, patches: Tensor, ids: Tensor, mask_token:
         tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
     tokens = encoder.norm_pre(encoder.pos_drop(tokens))
     if encoder.grad_checkpointing and encoder.training:
-        tokens = checkpoint_seq(encoder.blocks, tokens)
+        tokens = checkpoint_seq(encoder.blocks, tokens, every=int(encoder.grad_checkpointing))
     else:
         tokens = encoder.blocks(tokens)
     return encoder.norm(tokens)

@@ -248,10 +248,18 @@ class MaskedAutoencoder(nn.Module):
         self.spec |= {"mean": list(self.mean), "std": list(self.std)}
         self._tell_objective()
 
-    def set_checkpointing(self, on: bool = True) -> None:
-        """Compute the activations of encoder and decoder blocks anew in the backward pass, to save memory."""
-        self.encoder.set_grad_checkpointing(on)
-        self.decoder.checkpointing = on
+    def set_checkpointing(self, encoder: int = 1, decoder: int = 1) -> None:
+        """Compute activations of blocks anew in the backward pass, to save memory.
+
+        What enters so many blocks is kept, and the rest of them is computed again together; 0: all is kept.
+        """
+        self.encoder.set_grad_checkpointing(encoder)  # pyright: ignore[reportArgumentType]  # timm keeps what it is told
+        self.decoder.checkpointing = decoder
+
+    @property
+    def checkpointing(self) -> tuple[int, int]:
+        """Blocks of encoder and decoder that are computed anew together; 0: none."""
+        return int(self.encoder.grad_checkpointing), self.decoder.checkpointing
 
     def _tell_objective(self) -> None:
         if isinstance(self.objective, Tokens):

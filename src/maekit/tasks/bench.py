@@ -45,7 +45,7 @@ from maekit.report.scaling import told as scale_told
 from maekit.report.scored import as_picture
 from maekit.settings import Bench, Place, Pretrain, Settings, Views
 from maekit.tasks import Result
-from maekit.tasks.pretrain import new_model
+from maekit.tasks.pretrain import new_model, passes_of
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
 from maekit.train.allocator import keep_freed_memory
@@ -55,11 +55,12 @@ from maekit.train.precision import best_precision, resolve_precision
 log = logging.getLogger("maekit")
 
 PLACE, VIEWS = {*Place.model_fields} - {"recipe"}, {*Views.model_fields} - {"recipe"}
-MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS - {"save_every"}
+ANEW = {"checkpointing_encoder", "checkpointing_decoder"}
+MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS - ANEW - {"save_every"}
 READS: dict[str, set[str]] = {
     "train": MODEL | {"precision", "compile", "vs", "rounds", "profile"},
     "scale": MODEL | {"precision", "rounds", "over", "points", "out"},
-    "memory": MODEL | {"precision", "vs"},
+    "memory": MODEL | ANEW | {"precision", "vs"},
     "checkpoint": MODEL | PLACE | {"precision", "rounds", "save_every", "out"},
     "mask": MODEL | {"precision", "rounds"},
     "data": MODEL | PLACE | VIEWS | {"precision", "workers", "seconds"},
@@ -281,36 +282,56 @@ def _memory(settings: Bench) -> Result:
     precision, why = _precision(settings, model, device)
     shape = (settings.batch_size, model.encoder.in_chans, *model.img_size)
 
-    def job(name: str, *, checkpointing: bool = False) -> Job:
+    anew = (settings.checkpointing_encoder, settings.checkpointing_decoder)
+
+    def job(name: str, checkpointing: tuple[int, int] = (0, 0)) -> Job:
         return Job(
             name, model.spec, shape, settings.mask_ratio, precision, str(device), torch.get_num_threads(), checkpointing
         )
 
-    jobs = {"maekit": job("maekit"), "maekit --checkpointing": job("maekit", checkpointing=True)}
+    own = {"maekit": job("maekit"), _named(anew): job("maekit", anew)}
     peers = [name for name in settings.vs or [] if name != "timm-forward"]
-    found: dict[str, Held] = {name: held(one) for name, one in (jobs | {name: job(name) for name in peers}).items()}
+    found: dict[str, Held] = {name: held(one) for name, one in (own | {name: job(name) for name in peers}).items()}
     base = found[peers[0] if peers else "maekit"]
     against = peers[0] if peers else "maekit"
     rows: list[tuple[str, ...]] = [
-        ("", "MiB at the peak", f"of {against}'s", "above weights, moments", "s a step", f"of {against}'s")
-    ]
+        (
+            "", "MiB at the peak", f"of {against}'s", "above weights, moments", "counted", "s a step",
+            f"of {against}'s",
+        )
+    ]  # fmt: skip
+    expected = {name: _counted(settings, one) for name, one in own.items()}
     rows += [
         (
             name, f"{one.mib:,.0f}", f"{one.mib / base.mib:.2f}", f"{one.mib - one.kept_mib:,.0f}",
-            f"{one.seconds:.3f}", f"{one.seconds / base.seconds:.2f}",
+            f"{expected[name]:,.0f}" if name in expected else "-", f"{one.seconds:.3f}",
+            f"{one.seconds / base.seconds:.2f}",
         )
         for name, one in found.items()
     ]  # fmt: skip
     metrics: dict[str, object] = {
         **describe(device), "model": settings.model, "batch_size": settings.batch_size, "precision": precision,
         "mib": {name: one.mib for name, one in found.items()},
-        "kept_mib": {name: one.kept_mib for name, one in found.items()},
+        "kept_mib": {name: one.kept_mib for name, one in found.items()}, "counted_mib": expected,
         "seconds": {name: one.seconds for name, one in found.items()},
         "of": {name: one.mib / base.mib for name, one in found.items()}, "against": against,
         "versions": {name: peer_version(name) for name in peers},
     }  # fmt: skip
     head = f"{settings.model}, batch {settings.batch_size}, {precision} ({why}); each in a process of its own"
     return Result(metrics, "\n".join([head, *aligned(rows)]))
+
+
+def _counted(settings: Bench, job: Job) -> float:
+    """Return the MiB that ``--micro-batch auto`` counts for such a step, from shapes alone."""
+    model = _model(settings, torch.device("cpu")).train()
+    model.set_checkpointing(*job.checkpointing)
+    kept = passes_of(model, settings.mask_ratio).kept(job.precision)
+    return (kept.fixed + kept.per_image * job.shape[0]) / 2**20
+
+
+def _named(anew: tuple[int, int]) -> str:
+    blocks = zip(("encoder", "decoder"), anew, strict=True)
+    return " ".join(["maekit --checkpointing", *(f"--checkpointing-{part} {n}" for part, n in blocks if n != 1)])
 
 
 def _checkpoint(settings: Bench) -> Result:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -104,16 +105,12 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
     if settings.init is not None:
         weights = read_weights(settings.init)
         start_from(model, as_model(weights), with_decoder=weights.kind == "mae")
-    model.train().set_checkpointing(settings.checkpointing)
-
-    def made_up(images: int) -> Tensor:
-        pixels = torch.empty(images, channels, *model.img_size)
-        scores = None if masks is None else torch.rand(images, model.num_patches)
-        return model.loss(pixels, torch.rand(images, model.num_patches), settings.mask_ratio, scores)
-
+    model.train()
+    if settings.checkpointing:
+        model.set_checkpointing(settings.checkpointing_encoder, settings.checkpointing_decoder)
     resolved = prepare(
         run, settings, settings, source, here, model, statistics=statistics, masks=masks, repeats=settings.repeats,
-        passes=Passes(model, made_up, model.num_patches, model.encoder.in_chans * math.prod(model.img_size)),
+        passes=passes_of(model, settings.mask_ratio, masks is not None),
     )  # fmt: skip
     model.to(here.device)
 
@@ -300,12 +297,52 @@ def some_images(source: Source, model: MaskedAutoencoder, count: int = 8) -> Ten
     return next(loader.sweep())["images"]
 
 
+def passes_of(model: MaskedAutoencoder, mask_ratio: float, scored: bool = False) -> Passes:
+    """Return passes of a model in training over made-up images, to count what they keep.
+
+    Args:
+        scored: masks come with the images.
+    """
+    shape = (model.encoder.in_chans, *model.img_size)
+
+    def loss(images: int) -> Tensor:
+        noise, scores = (torch.rand(images, model.num_patches) for _ in range(2))
+        return model.loss(torch.empty(images, *shape), noise, mask_ratio, scores if scored else None)
+
+    def keeping(*blocks: int) -> Callable[[int], Tensor]:
+        def kept(images: int) -> Tensor:
+            model.set_checkpointing(*blocks)
+            try:
+                return loss(images)
+            finally:
+                model.set_checkpointing(encoder, decoder)
+
+        return kept
+
+    encoder, decoder = model.checkpointing
+    depths = len(model.encoder.blocks), model.decoder.depth
+    parts = ((encoder, depths[0], keeping(0, decoder)), (decoder, depths[1], keeping(encoder, 0)))
+    again = [(min(1.0, blocks / depth), kept) for blocks, depth, kept in parts if blocks and depth]
+    return Passes(model, loss, model.num_patches, math.prod(shape), again)
+
+
 def _check(settings: Pretrain, model: MaskedAutoencoder) -> None:
     """Refuse settings that do not fit together, before anything is read or written.
 
     Raises:
-        MaekitError: E-CONFIG-BATCH, E-CONFIG-MASK, E-CONFIG-DECODER.
+        MaekitError: E-CONFIG-BATCH, E-CONFIG-MASK, E-CONFIG-DECODER, E-CONFIG-IDLE.
     """
+    anew = (settings.checkpointing_encoder, settings.checkpointing_decoder)
+    if anew != (1, 1) and not settings.checkpointing:
+        raise MaekitError(
+            "E-CONFIG-IDLE", "settings checkpointing_encoder and checkpointing_decoder",
+            found=f"{anew[0]} and {anew[1]} without checkpointing", expected="them with it", hint="--checkpointing",
+        )  # fmt: skip
+    if anew == (0, 0):
+        raise MaekitError(
+            "E-CONFIG-IDLE", "setting checkpointing", found="0 blocks of encoder and decoder",
+            expected="blocks of one of them", hint="--no-checkpointing",
+        )  # fmt: skip
     if settings.batch_size % settings.repeats:
         raise MaekitError(
             "E-CONFIG-BATCH", "settings batch_size and repeats", found=f"{settings.batch_size} and {settings.repeats}",

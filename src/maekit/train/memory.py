@@ -11,7 +11,7 @@ probe).
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,9 @@ SIGNS = ("can't allocate memory", "bad_alloc", "out of memory", "CUBLAS_STATUS_A
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 ROOM = 0.6
-"""Share of the memory that weights and what is kept may take: results on their way, images and gaps take the rest. In
-bf16 ViT-B took 1.17 times what is counted, 1.1 with checkpointing."""
+"""Share of the memory that weights and what is kept may take: results on their way, images and gaps take the rest.
+`maekit bench memory` tells what is counted beside what was taken: at most 1.17 times as much by ViT-B in bf16. Where
+blocks are few and narrow the rest weighs more: 1.4 times by the quickstart's model, 3.3 times with checkpointing."""
 TRAINED = 16
 """Bytes of a trained number: float32 weight, gradient and two moments."""
 AT_A_NORM = 64
@@ -67,18 +68,27 @@ class Passes:
         loss: of so many images, on the CPU.
         patches: of an image.
         pixels: of an image, in all channels.
+        again: for each part of the model that is computed anew: the share of it that is computed at once, and the loss
+            where that part is kept.
     """
 
     model: nn.Module
     loss: Callable[[int], Tensor]
     patches: int
     pixels: int
+    again: Sequence[tuple[float, Callable[[int], Tensor]]] = ()
 
     def kept(self, precision: str) -> Kept:
         """Count what a pass in "fp32" | "bf16" | "fp16" keeps."""
         half = "fp32" if precision == "fp32" else "bf16"
-        one, two = (_kept(self.loss, images, half) for images in (1, 2))
+        one, two = (self._of(images, half) for images in (1, 2))
         return Kept(self._weights() + max(0, 2 * one - two), max(1, two - one))
+
+    def _of(self, images: int, precision: str) -> int:
+        kept = _kept(self.loss, images, precision)
+        return kept + max(
+            (round(share * (_kept(loss, images, precision) - kept)) for share, loss in self.again), default=0
+        )
 
     def at_most(self, images: int) -> int:
         """Return bytes that a pass certainly does not need, for nothing: small models are not looked at closely."""
