@@ -24,6 +24,9 @@ SAVING = (
 """Places of a save at which a process can die."""
 WRITING = ("checkpoint-opened", "checkpoint-written", "checkpoint-synced", "checkpoint-renamed")
 """Places at which the system can refuse to write."""
+LOOKING = ("checkpoint-list", "checkpoint-read")
+"""Places at which it can refuse to say what is there."""
+UNREAD = ("eio", "eacces", "estale", "emfile", "etimedout")
 ERRNOS = ("enospc", "edquot", "eio", "erofs", "eacces", "emfile", "estale", "efbig")
 
 
@@ -126,6 +129,22 @@ def _refused_checkpoint(bench: Bench, run: Path, random: Random) -> int:
         raise Lost(f"exit code {done.code} with newest checkpoint {newest}")
     redone = bench.redone(run)
     bench.finish(run, "--save-every", "6")
+    return redone
+
+
+def unread(bench: Bench, run: Path, random: Random) -> int:
+    """F4: when the run goes on, its checkpoints cannot be listed or read, once or from then on: that is no damage."""
+    copied(bench, run)
+    place, kind, first = random.choice(LOOKING), random.choice(UNREAD), random.randint(1, 6)
+    fault = f"{place}:{kind}@{first}{'+' if random.random() < 0.5 else ''}"
+    done = bench.faulty(run, fault, "--save-every", "4", "--keep", "4", "--workers", "0").wait()
+    check_said(done, 0, 4, 5, 75, pattern="" if done.code == 0 else "error[E-")
+    if done.code == 0 and done.json["state_sha256"] != bench.digest:
+        raise Lost("other bits at the end")
+    if done.code == 4 and "error[E-CKPT-READ]" not in done.stderr:
+        raise Lost(f"refused for another reason: {done.last_line}")
+    redone = max(0, bench.redone(run))
+    bench.finish(run, "--save-every", "4", "--workers", "0")
     return redone
 
 

@@ -57,6 +57,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "missing": (storage.missing, 1),
     "swapped": (storage.swapped, 1),
     "errno": (storage.errno, 3),
+    "unread": (storage.unread, 1),
     "full": (storage.full, 1),
     "clock": (storage.clock, 1),
     "hang": (processes.hang, 1),

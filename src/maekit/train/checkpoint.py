@@ -269,7 +269,7 @@ def _asked(path: Path, ask: Callable[[], T], waits: Iterator[float] | None = Non
 
 
 def _unread(what: str, error: OSError) -> MaekitError:
-    hint = "the same command when the disk answers; nothing was changed"
+    hint = "the same command when the disk answers; nothing was deleted"
     return MaekitError("E-CKPT-READ", what, found=told(error), expected="what can be read", hint=hint)
 
 
