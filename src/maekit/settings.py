@@ -818,7 +818,8 @@ class Soak(Settings):
     minutes: float = setting(1.0, "how long", gt=0)
     seed: int = setting(0, "of the faults: the same seed draws the same ones", ge=0, lt=2**63)
     kinds: Names | None = setting(
-        None, "kill,failpoint,signal,two,worker,hang,flip,truncate,missing,swapped,errno,full,clock,nan,memory,fuzz"
+        None,
+        "kill,failpoint,signal,two,worker,hang,flip,truncate,missing,swapped,errno,unread,full,clock,nan,memory,fuzz",
     )
     trial: int | None = setting(None, "only this one, as a report of a loss names it", ge=0)
     out: Path | None = setting(None, "folder for what is left of a trial that lost something; default: not kept")

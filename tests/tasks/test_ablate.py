@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import maekit as package
 from maekit.errors import MaekitError, clean
@@ -88,6 +89,8 @@ def test_a_table_stands_beside_the_papers_in_four_forms(table: Any) -> None:
     pairs = found["ordering"]["probe"]
     assert [(pair["better"], pair["worse"]) for pair in pairs] == []  # 60 and 70 were left out
     assert json.loads((out / "ablation.json").read_text()) == found
+    with Image.open(out / "ablation.png") as drawn:
+        assert drawn.size[0] > 500
     page, text = (out / "ablation.html").read_text(), (out / "ablation.md").read_text()
     assert "<svg" in page and "paper Fig. 5" in page and "| 75 |" in text and "shared the CPU" not in text
     assert [row[:2] for row in scores(out)] == [[r, m] for r in ("50", "75") for m in ("finetune", "probe")]
@@ -111,6 +114,21 @@ def test_what_is_there_is_not_run_again_and_a_table_grows(maekit: Run, classes: 
     now = finished(place)
     assert len(now) == 15 and {path: now[path] for path in before} == before
     assert grown.json["ordering"]["probe"][0]["verdict"].endswith("one seed")
+
+
+@pytest.mark.slow
+def test_runs_of_images_that_have_changed_count_no_more_and_that_is_said(
+    maekit: Run, classes: Path, tmp_path: Path
+) -> None:
+    line = words(classes, tmp_path, "--seeds", 1, "--rows", "75")
+    assert maekit(*line).code == 0
+    image = next(classes.rglob("*.png"))
+    told = image.stat()
+    os.utime(image, (told.st_atime, told.st_mtime + 60))
+    again = maekit(*line)
+    os.utime(image, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert again.code == 0 and "3 finished runs no longer count" in again.stderr
+    assert len(finished(tmp_path)) == 6
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure as Canvas
 from maekit.errors import clean
 from maekit.report.evaluation import aligned, difference_cells, spread
 from maekit.report.files import write_whole
+from maekit.report.grids import write_png
 from maekit.report.page import Figure, Section, Table, write_report
 from maekit.report.plots import COLOURS, INK
-from maekit.report.scored import Draw, as_svg
+from maekit.report.scored import Draw, as_picture, as_svg
 from maekit.report.tables import Cell, to_csv, to_markdown
 from maekit.train.log import clock
 
@@ -34,7 +35,7 @@ JUDGED = (
 
 
 def ablation_report(folder: Path, metrics: dict[str, Any]) -> Path:
-    """Write ``ablation.html``, ``.md``, ``.csv`` and ``.json``.
+    """Write ``ablation.html``, ``.md``, ``.csv`` and ``.json``; the figure as ``.png`` once there is a score.
 
     Args:
         folder: holds config.yaml.
@@ -52,6 +53,8 @@ def ablation_report(folder: Path, metrics: dict[str, Any]) -> Path:
     )
     text += b"\n" + to_markdown(order_headers, order, [JUDGED]) if order else b""
     write_whole(folder / "ablation.md", text)
+    if measures := _scored(metrics):
+        write_png(folder / "ablation.png", as_picture(_drawing(metrics, measures), _height(metrics, measures)))
     default = [at for at, row in enumerate(metrics["rows"]) if row["name"] == metrics["default"]]
     sections = [
         Section("Figure", figures=_figures(metrics)),
@@ -191,15 +194,23 @@ def _long(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[Figure]:
-    measures = [m for m in metrics["measures"] if any(row["scores"].get(m) for row in metrics["rows"])]
-    if not measures:
+    if not (measures := _scored(metrics)):
         return []
-    height = 2.6 * len(measures) if metrics["axis"] else sum(0.9 + 0.3 * len(metrics["rows"]) for _ in measures)
     told = (
         "Left: here, dots are seeds, line or bar the mean, whiskers the standard deviation. Right: the paper. Axes "
         "begin near the lowest score."
     )
-    return [Figure(as_svg(_drawing(metrics, measures), height), f"{metrics['title']}. {told}")]
+    figure = as_svg(_drawing(metrics, measures), _height(metrics, measures))
+    return [Figure(figure, f"{metrics['title']}. {told}")]
+
+
+def _scored(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the measures that any row has been scored by."""
+    return [m for m in metrics["measures"] if any(row["scores"].get(m) for row in metrics["rows"])]
+
+
+def _height(metrics: Mapping[str, Any], measures: Sequence[str]) -> float:
+    return (2.6 if metrics["axis"] else 0.9 + 0.3 * len(metrics["rows"])) * len(measures)
 
 
 def _drawing(metrics: Mapping[str, Any], measures: Sequence[str]) -> Draw:
@@ -241,7 +252,7 @@ def _draw_line(
     if not there:
         panel.text(0.5, 0.5, "no figures", ha="center", va="center", transform=panel.transAxes)
     lowest, highest = min((x for x, _ in there), default=1.0), max((x for x, _ in there), default=1.0)
-    if lowest > 0 and highest / lowest > 8 and len(there) > 2:  # widths, depths and lengths double
+    if lowest > 0 and highest / lowest > 9 and len(there) > 2:  # widths, depths and lengths double
         panel.set_xscale("log", base=2)
         panel.set_xticks([x for x, _ in there], [f"{x:g}" for x, _ in there])
 

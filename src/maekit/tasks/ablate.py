@@ -70,7 +70,7 @@ class Line:
 def ablate(settings: Ablate | dict[str, Any]) -> Result:
     """Run the table, or what is missing of it.
 
-    ``--out`` gets ablation.html, .md, .csv and .json and links to the runs of each row and seed.
+    ``--out`` gets ablation.html, .md, .csv, .json and .png and links to the runs of each row and seed.
 
     Args:
         settings: as on the command line; a dictionary is checked like a config file.
@@ -393,7 +393,8 @@ def _end(outcome: Outcome, metrics: dict[str, Any], run: Run) -> Result:
 
 
 def _link(out: Path, lines: Sequence[Line]) -> None:
-    """Lay links from rows and seeds to the runs."""
+    """Lay links from rows and seeds to the runs; say how many finished ones no longer count."""
+    left = list[str]()
     for line in lines:
         for seed, runs in line.runs.items():
             place = out / "rows" / line.row.name / f"seed-{seed}"
@@ -402,8 +403,15 @@ def _link(out: Path, lines: Sequence[Line]) -> None:
                 link, to = place / verb, os.path.relpath(part.folder.resolve(), place.resolve())
                 if link.is_symlink() and os.readlink(link) == to:
                     continue
+                if (link / "result.json").exists() and part.result is None:
+                    left.append(link.resolve().name)
                 link.unlink(missing_ok=True)
                 link.symlink_to(to)
+    if left:
+        log.warning(
+            "%d finished runs no longer count (%s, ...): images or their times of change are others, or maekit is; "
+            "they stay where they are", len(left), left[0],
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- what came out
