@@ -12,7 +12,7 @@ def pretrain_fashion() -> Recipe[Pretrain]:
 
     Source: our own; plain pixels, since normalised ones suffer from this set's empty patches.
     Cost: about 2 minutes on 2 CPU cores.
-    Expect: kNN 0.756, linear probe 0.805 with all labels; a random encoder 0.681 and 0.746 (docs/experiments).
+    Expect: kNN 0.756, linear probe 0.805 with all labels; a random encoder 0.681 and 0.746 (docs/experiments.md).
     """
     values = ours(
         data=DATA,
@@ -41,7 +41,7 @@ def finetune_fashion() -> Recipe[Finetune]:
 
     Source: our own; few labels ask for many passes and mild augmentation.
     Cost: less than a minute on 2 CPU cores.
-    Expect: 0.661 +- 0.019 from MAE, 0.598 +- 0.007 from scratch, three seeds (docs/experiments).
+    Expect: 0.661 +- 0.019 from MAE, 0.598 +- 0.007 from scratch, three seeds (docs/experiments.md).
     """
     values = ours(
         data=DATA,

@@ -10,7 +10,7 @@ def pretrain_32() -> Recipe[Pretrain]:
     """Small images (32 px): a reduced encoder, 128 wide with 4 blocks, on 64 patches.
 
     Source: our own; patch 4 keeps as many patches as details of such images allow.
-    Cost: CIFAR-10 in 1 h 25 min on one busy core (docs/experiments).
+    Cost: CIFAR-10 in 1 h 25 min on one busy core (docs/experiments.md).
     Expect: CIFAR-10 with 10 % of the labels: kNN 0.424, linear probe 0.547; a random encoder 0.291 and 0.416.
     """
     values = ours(
