@@ -58,6 +58,7 @@ ROWS = [
     (f"{PRETRAIN} --batch-size 8 --micro-batch 3", 2, "E-CONFIG-BATCH", "--micro-batch auto"),
     (f"{PRETRAIN} --checkpointing-encoder 2", 2, "E-CONFIG-IDLE", "without checkpointing"),
     (f"{PRETRAIN} --checkpointing --checkpointing-encoder 0 --checkpointing-decoder 0", 2, "E-CONFIG-IDLE", "0 blocks"),
+    ("bench memory --checkpointing-encoder 0 --checkpointing-decoder 0 --device cpu", 2, "E-CONFIG-IDLE", "0 blocks"),
     (f"{PRETRAIN} --roll-back 2", 2, "E-CONFIG-IDLE", "without spike_sigma"),
     (f"{PRETRAIN} --micro-batch 0", 2, "E-CONFIG-VALUE", "micro_batch"),
     (f"{PRETRAIN} --workers -1", 2, "E-CONFIG-VALUE", "workers"),

@@ -27,6 +27,7 @@ WRITING = ("checkpoint-opened", "checkpoint-written", "checkpoint-synced", "chec
 LOOKING = ("checkpoint-list", "checkpoint-read")
 """Places at which it can refuse to say what is there."""
 UNREAD = ("eio", "eacces", "estale", "emfile", "etimedout")
+"""With what errors."""
 ERRNOS = ("enospc", "edquot", "eio", "erofs", "eacces", "emfile", "estale", "efbig")
 
 
@@ -134,7 +135,7 @@ def _refused_checkpoint(bench: Bench, run: Path, random: Random) -> int:
 
 def unread(bench: Bench, run: Path, random: Random) -> int:
     """F4: when the run goes on, its checkpoints cannot be listed or read, once or from then on: that is no damage."""
-    copied(bench, run)
+    before = checkpoint.number(checkpoint.steps(copied(bench, run) / "checkpoints")[0])
     place, kind, first = random.choice(LOOKING), random.choice(UNREAD), random.randint(1, 6)
     fault = f"{place}:{kind}@{first}{'+' if random.random() < 0.5 else ''}"
     done = bench.faulty(run, fault, "--save-every", "4", "--keep", "4", "--workers", "0").wait()
@@ -143,6 +144,8 @@ def unread(bench: Bench, run: Path, random: Random) -> int:
         raise Lost("other bits at the end")
     if done.code == 4 and "error[E-CKPT-READ]" not in done.stderr:
         raise Lost(f"refused for another reason: {done.last_line}")
+    if not (run / "damaged").exists():  # where one that cannot be read is put when an earlier one is gone on from
+        bench.check_verified(run, at_least=before)
     redone = max(0, bench.redone(run))
     bench.finish(run, "--save-every", "4", "--workers", "0")
     return redone

@@ -45,7 +45,7 @@ from maekit.report.scaling import told as scale_told
 from maekit.report.scored import as_picture
 from maekit.settings import Bench, Place, Pretrain, Settings, Views
 from maekit.tasks import Result
-from maekit.tasks.pretrain import new_model, passes_of
+from maekit.tasks.pretrain import check_checkpointing, new_model, passes_of
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
 from maekit.train.allocator import keep_freed_memory
@@ -277,12 +277,12 @@ def _scale(settings: Bench) -> Result:
 
 
 def _memory(settings: Bench) -> Result:
+    anew = (settings.checkpointing_encoder, settings.checkpointing_decoder)
+    check_checkpointing(*anew)
     device = resolve_device(settings.device)
     model = _model(settings, torch.device("cpu"))
     precision, why = _precision(settings, model, device)
     shape = (settings.batch_size, model.encoder.in_chans, *model.img_size)
-
-    anew = (settings.checkpointing_encoder, settings.checkpointing_decoder)
 
     def job(name: str, checkpointing: tuple[int, int] = (0, 0)) -> Job:
         return Job(
@@ -300,7 +300,7 @@ def _memory(settings: Bench) -> Result:
             f"of {against}'s",
         )
     ]  # fmt: skip
-    expected = {name: _counted(settings, one) for name, one in own.items()}
+    expected = {name: _counted(model, one) for name, one in own.items()}
     rows += [
         (
             name, f"{one.mib:,.0f}", f"{one.mib / base.mib:.2f}", f"{one.mib - one.kept_mib:,.0f}",
@@ -321,11 +321,10 @@ def _memory(settings: Bench) -> Result:
     return Result(metrics, "\n".join([head, *aligned(rows)]))
 
 
-def _counted(settings: Bench, job: Job) -> float:
+def _counted(model: MaskedAutoencoder, job: Job) -> float:
     """Return the MiB that ``--micro-batch auto`` counts for such a step, from shapes alone."""
-    model = _model(settings, torch.device("cpu")).train()
-    model.set_checkpointing(*job.checkpointing)
-    kept = passes_of(model, settings.mask_ratio).kept(job.precision)
+    model.train().set_checkpointing(*job.checkpointing)
+    kept = passes_of(model, job.mask_ratio).kept(job.precision)
     return (kept.fixed + kept.per_image * job.shape[0]) / 2**20
 
 

@@ -297,6 +297,19 @@ def some_images(source: Source, model: MaskedAutoencoder, count: int = 8) -> Ten
     return next(loader.sweep())["images"]
 
 
+def check_checkpointing(encoder: int, decoder: int) -> None:
+    """Refuse checkpointing of nothing.
+
+    Raises:
+        MaekitError: E-CONFIG-IDLE.
+    """
+    if encoder == decoder == 0:
+        raise MaekitError(
+            "E-CONFIG-IDLE", "settings checkpointing_encoder and checkpointing_decoder", found="0 blocks of both",
+            expected="blocks of one of them", hint="leave one of them out",
+        )  # fmt: skip
+
+
 def passes_of(model: MaskedAutoencoder, mask_ratio: float, scored: bool = False) -> Passes:
     """Return passes of a model in training over made-up images, to count what they keep.
 
@@ -338,11 +351,7 @@ def _check(settings: Pretrain, model: MaskedAutoencoder) -> None:
             "E-CONFIG-IDLE", "settings checkpointing_encoder and checkpointing_decoder",
             found=f"{anew[0]} and {anew[1]} without checkpointing", expected="them with it", hint="--checkpointing",
         )  # fmt: skip
-    if anew == (0, 0):
-        raise MaekitError(
-            "E-CONFIG-IDLE", "setting checkpointing", found="0 blocks of encoder and decoder",
-            expected="blocks of one of them", hint="--no-checkpointing",
-        )  # fmt: skip
+    check_checkpointing(*anew)
     if settings.batch_size % settings.repeats:
         raise MaekitError(
             "E-CONFIG-BATCH", "settings batch_size and repeats", found=f"{settings.batch_size} and {settings.repeats}",

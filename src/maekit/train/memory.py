@@ -29,7 +29,8 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 ROOM = 0.6
 """Share of the memory that weights and what is kept may take: results on their way, images and gaps take the rest.
 `maekit bench memory` tells what is counted beside what was taken: at most 1.17 times as much by ViT-B in bf16. Where
-blocks are few and narrow the rest weighs more: 1.4 times by the quickstart's model, 3.3 times with checkpointing."""
+blocks are few and narrow the rest is more than this leaves: up to 2.4 times by the quickstart's model (101 of 43 MiB,
+256 images, bf16), 3.3 times with checkpointing; there a pass that ends memory is what halves it."""
 TRAINED = 16
 """Bytes of a trained number: float32 weight, gradient and two moments."""
 AT_A_NORM = 64
