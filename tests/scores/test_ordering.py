@@ -57,4 +57,6 @@ def test_a_sentence_counts_the_verdicts() -> None:
         "probe: of 1 pair that the paper tells apart, 1 as published, one seed; one seed says nothing of the spread."
     )
     assert "none of these rows" in summary("probe", ordering({"a": 0.9}, {"a": {0: 0.6}}))
+    assert summary("probe", [], 2) == "probe: 2 pairs that the paper tells apart without a score."
+    assert summary("probe", single, 1).endswith("; one seed says nothing of the spread; 1 more without a score.")
     assert ordering(published, {"a": {0: 0.6}, "b": {}}) == []

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 import maekit as package
 from maekit.errors import MaekitError, clean
 from maekit.recipes.tables import TABLES
-from maekit.report.ablation import scores_table
+from maekit.report.ablation import ablation_report, scores_table
 from maekit.settings import Ablate, Pretrain
 from maekit.tasks import parts as doing
 from maekit.tasks.ablate import _speed_ups, table_of
@@ -65,7 +66,7 @@ def finished(place: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (place / "ablate-parts").glob("*/result.json")}
 
 
-def test_a_table_stands_beside_the_papers_in_four_forms(table: Any) -> None:
+def test_a_table_stands_beside_the_papers_in_five_forms(table: Any, tmp_path: Path) -> None:
     place, done = table
     found, out = done.json, place / "table"
     assert [row["name"] for row in found["rows"]] == ["50", "75"] and found["runs"] == found["done"] == 6
@@ -91,6 +92,9 @@ def test_a_table_stands_beside_the_papers_in_four_forms(table: Any) -> None:
     assert json.loads((out / "ablation.json").read_text()) == found
     with Image.open(out / "ablation.png") as drawn:
         assert drawn.size[0] > 500
+    shutil.copytree(out, tmp_path / "anew", symlinks=True)
+    ablation_report(tmp_path / "anew", {**found, "rows": [{**row, "scores": {}} for row in found["rows"]]})
+    assert not (tmp_path / "anew/ablation.png").exists()  # as the page, which has no figure then
     page, text = (out / "ablation.html").read_text(), (out / "ablation.md").read_text()
     assert "<svg" in page and "paper Fig. 5" in page and "| 75 |" in text and "shared the CPU" not in text
     assert [row[:2] for row in scores(out)] == [[r, m] for r in ("50", "75") for m in ("finetune", "probe")]

@@ -35,7 +35,7 @@ JUDGED = (
 
 
 def ablation_report(folder: Path, metrics: dict[str, Any]) -> Path:
-    """Write ``ablation.html``, ``.md``, ``.csv`` and ``.json``; the figure as ``.png`` once there is a score.
+    """Write ``ablation.html``, ``.md``, ``.csv`` and ``.json``; the figure as ``.png`` while there is a score.
 
     Args:
         folder: holds config.yaml.
@@ -55,6 +55,8 @@ def ablation_report(folder: Path, metrics: dict[str, Any]) -> Path:
     write_whole(folder / "ablation.md", text)
     if measures := _scored(metrics):
         write_png(folder / "ablation.png", as_picture(_drawing(metrics, measures), _height(metrics, measures)))
+    else:  # a table that begins anew has none of its own yet
+        (folder / "ablation.png").unlink(missing_ok=True)
     default = [at for at, row in enumerate(metrics["rows"]) if row["name"] == metrics["default"]]
     sections = [
         Section("Figure", figures=_figures(metrics)),

@@ -95,13 +95,22 @@ def ordering(
     ]
 
 
-def summary(measure: str, pairs: Sequence[Pair]) -> str:
-    """Return one sentence: how many of the stated differences were found."""
+def summary(measure: str, pairs: Sequence[Pair], unscored: int = 0) -> str:
+    """Return one sentence: how many of the stated differences were found.
+
+    Args:
+        unscored: stated pairs of which a row has no score, or not yet.
+    """
+    left = f"{unscored} pair{'s' * (unscored > 1)} that the paper tells apart" if unscored else ""
     if not pairs:
-        return f"{measure}: the paper tells none of these rows apart."
+        return (
+            f"{measure}: {left} without a score." if left else f"{measure}: the paper tells none of these rows apart."
+        )
     counts = Counter(pair.verdict for pair in pairs)
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     single = all("one seed" in pair.verdict for pair in pairs)
-    return f"{measure}: of {len(pairs)} pair{'s' * (len(pairs) > 1)} that the paper tells apart, {told}" + (
-        "; one seed says nothing of the spread." if single else "."
+    return (
+        f"{measure}: of {len(pairs)} pair{'s' * (len(pairs) > 1)} that the paper tells apart, {told}"
+        + ("; one seed says nothing of the spread" if single else "")
+        + (f"; {unscored} more without a score." if unscored else ".")
     )

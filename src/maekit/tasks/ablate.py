@@ -28,7 +28,7 @@ from maekit.recipes import cost
 from maekit.recipes.scales import Plan, default_of, plan
 from maekit.recipes.tables import TABLES, Row, Table
 from maekit.report.ablation import ablation_report, planned, told
-from maekit.scores.ordering import ordering, summary
+from maekit.scores.ordering import ordering, stated_pairs, summary
 from maekit.settings import Ablate, Finetune, Pretrain, Probe
 from maekit.tasks import Result
 from maekit.tasks.feature_cache import data_digest
@@ -436,7 +436,10 @@ def _metrics(
         says = [(better, worse) for what, better, worse in table.says if what == measure]
         found = ordering(published, {name: {int(s): v for s, v in of.items()} for name, of in scores.items()}, says)
         orders[measure] = [asdict(pair) for pair in found]
-        sentences.append(summary({"finetune": "fine-tuned", "probe": "linear probe"}[measure], found))
+        able = {row["name"] for row in rows if not row["absent"]}
+        stated = sum(better in able and worse in able for better, worse, _ in stated_pairs(published, says))
+        name = {"finetune": "fine-tuned", "probe": "linear probe"}[measure]
+        sentences.append(summary(name, found, stated - len(found)))
     return {
         "run": str(out), "table": table.name, "title": table.title, "source": table.source, "axis": table.axis,
         "scale": settings.scale, "data": settings.data, "labels": _labels(settings), "seeds": settings.seeds,
