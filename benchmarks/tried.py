@@ -197,6 +197,38 @@ def shadow(given: Model) -> tuple[Arms, int]:
     }, 1  # fmt: skip
 
 
+def onednn(given: Model) -> tuple[Arms, int]:
+    """The linear maps of a step in fp32: torch's choice, or oneDNN for all but the gradients of weights."""
+    model, images, ratio, _ = given
+    shapes: list[tuple[int, int, int]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        shapes.append((inputs[0].numel() // layer.in_features, layer.in_features, layer.out_features))
+
+    hooks = [part.register_forward_hook(note) for part in model.modules() if isinstance(part, nn.Linear)]
+    with torch.no_grad():
+        model.loss(images, torch.rand(len(images), model.num_patches), ratio)
+    for hook in hooks:
+        hook.remove()
+    maps = [(torch.randn(n, i), torch.randn(o, i), torch.randn(o), torch.randn(n, o)) for n, i, o in shapes]
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def usual() -> None:
+        for x, weight, bias, grad in maps:
+            torch.addmm(bias, x, weight.T)
+            grad @ weight
+            grad.T @ x
+
+    def other() -> None:
+        for x, weight, bias, grad in maps:
+            linear(x, weight, bias, "none", [], "")
+            linear(grad, weight.T, None, "none", [], "")
+            grad.T @ x
+
+    return {"torch's choice, MKL here (taken)": usual, "oneDNN": other}, 1
+
+
 def sorting(given: Model) -> tuple[Arms, int]:
     """The order of a batch's noise: all of it, or the lowest alone, which leaves open which ones were removed."""
     model, images, ratio, _ = given
@@ -243,7 +275,7 @@ def compiled(given: Model) -> tuple[Arms, int]:
     return {"eager (taken)": lambda: plain.step(images), "compiled": lambda: twin.step(images)}, 1
 
 
-TRIALS = {trial.__name__: trial for trial in (padding, attention, embedding, shadow, sorting, update, compiled)}
+TRIALS = {trial.__name__: trial for trial in (padding, attention, embedding, shadow, onednn, sorting, update, compiled)}
 
 
 def main() -> None:

@@ -50,6 +50,8 @@ SMALL = (
 )
 VIT_S = "--model vit_small_patch16_224 --batch-size 16"
 VIT_B = "--model vit_base_patch16_224 --batch-size 32"
+SHIPPED = "transformers,transformers:fp32"
+"""In the same precision, and as it is where nothing is said."""
 GPU = "--precision bf16 --compile --vs transformers --rounds 15 --device cuda"
 LARGE = (
     ("b", "ViT-B/16, 224 px", "vit_base_patch16_224 --batch-size 256"),
@@ -59,15 +61,15 @@ LARGE = (
 """For a GPU."""
 MEASUREMENTS = (
     *(
-        Measurement(f"train-{name}-{precision}", label, f"train {words} --precision {precision} --vs transformers")
+        Measurement(f"train-{name}-{precision}", label, f"train {words} --precision {precision} --vs {peers}")
         for name, label, words in (
             ("quickstart", "quickstart (28 px, patch 7, ratio .6)", f"{QUICKSTART} --rounds 25"),
             ("28px", "28 px, patch 4, ratio .75", f"{SMALL} --rounds 15"),
             ("vit-s", "ViT-S/16, 224 px", f"{VIT_S} --rounds 5"),
         )
-        for precision in ("fp32", "bf16")
+        for precision, peers in (("fp32", "transformers"), ("bf16", SHIPPED))
     ),
-    Measurement("train-vit-b", "ViT-B/16, 224 px", f"train {VIT_B} --vs transformers --rounds 3"),
+    Measurement("train-vit-b", "ViT-B/16, 224 px", f"train {VIT_B} --precision bf16 --vs {SHIPPED} --rounds 3"),
     *(
         Measurement(f"train-vit-{name}-gpu", label, f"train --model {words} {GPU}", "cuda")
         for name, label, words in LARGE
@@ -75,6 +77,13 @@ MEASUREMENTS = (
     Measurement("peers-quickstart", "quickstart", f"train {QUICKSTART} --vs timm-forward,lightly --rounds 15"),
     Measurement("memory-quickstart", "quickstart", f"memory {QUICKSTART} --vs transformers"),
     Measurement("memory-vit-b", "ViT-B/16, 224 px", f"memory {VIT_B} --vs transformers"),
+    *(
+        Measurement(
+            f"anew-vit-b-{encoder}-{decoder}", "ViT-B/16, 224 px",
+            f"memory {VIT_B} --checkpointing-encoder {encoder} --checkpointing-decoder {decoder}",
+        )
+        for encoder, decoder in ((1, 0), (0, 1), (2, 2), (4, 4))
+    ),
     Measurement(
         "masks-vit-b", "ViT-B/16, 224 px",
         "mask --model vit_base_patch16_224 --batch-size 4 --precision fp32 --rounds 3",
@@ -118,6 +127,27 @@ def memory(rows: Iterable[tuple[str, Record]]) -> Table:
             yield (
                 label, found["precision"], str(found["batch_size"]), who, f"{mib:,.0f}", over(mib, base),
                 f"{took:.3g}" if took else "-", over(took, own),
+            )  # fmt: skip
+
+
+def anew(rows: Iterable[tuple[str, Record]]) -> Table:
+    """What computing blocks anew together, or those of one part alone, saves and costs."""
+    yield (
+        "size",
+        "precision",
+        "batch",
+        "options",
+        "MiB at the peak",
+        "of those without",
+        "s a step",
+        "of those without",
+    )
+    for label, found in rows:
+        for who in [name for name in found["mib"] if name != "maekit"]:
+            mib, took = found["mib"], found["seconds"]
+            yield (
+                label, found["precision"], str(found["batch_size"]), who.removeprefix("maekit "), f"{mib[who]:,.0f}",
+                over(mib[who], mib["maekit"]), f"{took[who]:.3g}", over(took[who], took["maekit"]),
             )  # fmt: skip
 
 
@@ -168,7 +198,15 @@ def share(part: float, digits: int) -> str:
     return f"{100 * part:.{digits}f} %"
 
 
-TABLES = {"train": steps, "peers": steps, "memory": memory, "masks": masks, "data": data, "decode": decode}
+TABLES = {
+    "train": steps,
+    "peers": steps,
+    "memory": memory,
+    "anew": anew,
+    "masks": masks,
+    "data": data,
+    "decode": decode,
+}
 
 
 def page(text: str, records: Sequence[Record]) -> str:
@@ -196,20 +234,7 @@ def table(records: Sequence[Record]) -> str:
     make = TABLES[records[0]["name"].partition("-")[0]]
     titles, *rows = make((labels[record["name"]], record["found"]) for record in records)
     lines = [f"| {' | '.join(line)} |" for line in (titles, *rows)]
-    return "\n".join([caption(records), "", lines[0], "|---" * len(titles) + "|", *lines[1:], *across(records)])
-
-
-def across(records: Sequence[Record]) -> Iterator[str]:
-    """Tell what training in bf16 is to transformers in fp32: what each does where nothing is said, if bf16 is fast."""
-    found = {record["name"]: record["found"] for record in records if record["name"].startswith("train-")}
-    labels = {one.name: one.label for one in MEASUREMENTS}
-    told = []
-    for name, one in found.items():
-        theirs = found.get(name.replace("-bf16", "-fp32"), {}).get("peer_images_per_second", {}).get("transformers")
-        if name.endswith("-bf16") and theirs:
-            told.append(f"{one['images_per_second'] / theirs:.1f} ({labels[name]})")
-    if told:
-        yield f"\nmaekit's images/s in bf16 over transformers' in fp32, from two runs each: {', '.join(told)}."
+    return "\n".join([caption(records), "", lines[0], "|---" * len(titles) + "|", *lines[1:]])
 
 
 def caption(records: Sequence[Record]) -> str:

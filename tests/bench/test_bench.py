@@ -92,6 +92,18 @@ def test_peers_have_the_same_sizes_and_train(name: str) -> None:
         assert last < first
 
 
+def test_a_peer_may_have_a_precision_of_its_own() -> None:
+    pytest.importorskip("transformers")
+    found: Any = bench({**TINY, "action": "train", "precision": "bf16", "vs": "transformers,transformers:fp32"}).metrics
+    assert set(found["ratio"]) == {"transformers", "transformers:fp32"} and set(found["versions"]) == {"transformers"}
+    own = create_model(**MODEL)
+    precisions = [peer(name, own, 0.75, "bf16", CPU).precision for name in ("transformers", "transformers:fp32")]
+    assert precisions == ["bf16", "fp32"]
+    for wrong in ("transformers:fp8", "nobody:fp32", ":fp32"):
+        with pytest.raises(MaekitError, match=f"E-CONFIG-PEER.*found {wrong}.*transformers"):
+            peer(wrong, own, 0.75, "fp32", CPU)
+
+
 @pytest.mark.parametrize("name", ["transformers", "lightly"])
 def test_a_variant_that_a_peer_does_not_have_is_refused(name: str) -> None:
     pytest.importorskip(name)

@@ -7,7 +7,7 @@ import pytest
 import sklearn.datasets
 import torch
 
-from maekit.bench.data import OURS, PAPERS, SCALED, Rate, decode_rates, loader_rates, workers_needed
+from maekit.bench.data import CUT, OURS, PAPERS, SCALED, Rate, decode_rates, loader_rates, workers_needed
 from maekit.data.augment import PretrainView
 from maekit.data.loader import Loader
 from maekit.data.sources import open_source
@@ -21,10 +21,11 @@ def test_our_pixels_are_those_of_the_papers_recipe_within_a_tenth_of_a_level(tmp
     (tmp_path / "broken.jpg").write_bytes(b"<html>")
     threads = torch.get_num_threads()
     rows = decode_rates([*PHOTOS, tmp_path / "broken.jpg"], size=64, seconds=0)
-    assert [row.pipeline for row in rows] == [PAPERS, OURS, SCALED] and torch.get_num_threads() == threads
-    assert rows[0].ratio == 1 and rows[0].difference == 0 and rows[1].difference <= 0.1 < rows[2].difference < 4
+    assert [row.pipeline for row in rows] == [PAPERS, OURS, CUT, SCALED] and torch.get_num_threads() == threads
+    assert rows[0].ratio == 1 and rows[0].difference == 0 and rows[1].difference <= 0.1 < rows[3].difference < 4
+    assert 0 < rows[2].difference <= 0.1  # resized elsewhere, in floats
     assert all(row.images_per_second > 0 and row.ratio > 0 for row in rows)
-    assert [row.pipeline for row in decode_rates(PHOTOS[:1], size=224, seconds=0)] == [PAPERS, OURS]
+    assert [row.pipeline for row in decode_rates(PHOTOS[:1], size=224, seconds=0)] == [PAPERS, OURS, CUT]
     with pytest.raises(MaekitError, match="found 1 files, none readable"):
         decode_rates([tmp_path / "broken.jpg"])
 

@@ -25,6 +25,8 @@ from maekit.data.augment import (
     random_box,
     random_crop,
     resize_to_cover,
+    resized,
+    resized_boxes,
 )
 from maekit.errors import MaekitError
 from maekit.seeds import seed_cpu
@@ -55,6 +57,20 @@ def test_the_random_crop_is_that_of_torchvision(size: tuple[int, int], seed: int
     ours = random_crop(image, size, (0.2, 1.0))
     assert torch.equal(ours, found[1])
     assert (ours.int() - found[0].int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_boxes_resized_together_in_floats_are_those_of_the_loader(channels: int) -> None:
+    boxes = [photo(40 + 31 * i, 300 - 29 * i, channels) for i in range(7)]
+    flat = torch.cat([box.permute(1, 2, 0).flatten() for box in boxes])
+    sides = [(box.shape[1], box.shape[2]) for box in boxes]
+    size = (64, 48)
+    found, one_by_one = resized_boxes(flat, sides, channels, size), torch.stack([resized(box, size) for box in boxes])
+    assert found.dtype == torch.float32 and found.shape == (7, channels, *size)
+    differs = (found - one_by_one).abs()
+    assert differs.max() <= 1 and (differs > 0).float().mean() < 0.1
+    in_floats = torch.stack([resized(box.float() / 255, size) for box in boxes])
+    assert torch.allclose(resized_boxes(flat / 255, sides, channels, size), in_floats, atol=1e-6)
 
 
 @settings(max_examples=200, deadline=None)

@@ -377,6 +377,36 @@ def test_dct_scaling_changes_large_jpeg_a_little_and_nothing_else(source: Source
         assert (a["images"] - b["images"]).abs().mean() < 0.1  # of a deviation of 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crops_resized_on_the_device_are_those_of_the_loader_whatever_the_workers(
+    source: Source, channels: int
+) -> None:
+    """The same boxes, mirrors and masks; a level of difference here and there."""
+    std = (0.5,) * channels
+    given = {"mean": std, "std": std, "micro_batch": 3, "drop_last": False}
+    plain, here, workers = (
+        whole(loader(source, view=PretrainView((8, 6), cut_only=cut), workers=count, **given).steps(0, STEPS))
+        for cut, count in ((False, 0), (True, 0), (True, 2))
+    )
+    assert same(here, workers)
+    for a, b in zip(plain, here, strict=True):
+        assert {name: a[name].shape for name in a} == {name: b[name].shape for name in b}
+        assert all(torch.equal(a[name], b[name]) for name in a if name != "images")
+        levels = (a["images"] - b["images"]).abs() * 0.5 * 255
+        assert levels.max() < 1.01 and levels.mean() < 0.1
+
+
+def test_float_arrays_are_resized_on_the_device_to_the_same_numbers() -> None:
+    class Arrays(list[Tensor]):
+        pass
+
+    arrays = DatasetSource(Arrays([torch.rand(3, 9 + i, 12) for i in range(8)]))
+    plain, cut = (
+        whole(loader(arrays, view=PretrainView((8, 8), cut_only=cut)).steps(0, 1))[0]["images"] for cut in (False, True)
+    )
+    assert torch.allclose(plain, cut, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- several samples of an image
 
 

@@ -5,7 +5,10 @@ import fcntl
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -389,6 +392,33 @@ def test_the_micro_batch_may_change_when_a_run_goes_on(
     done = package.pretrain({**settings, "micro_batch": 2})
     assert done.metrics["loss"] == pytest.approx(result["loss"], rel=1e-4)
     assert "micro_batch 8 -> 2" in caplog.text
+
+
+def test_crops_may_be_resized_on_the_device(
+    maekit: Run, words: list[str], result: dict[str, Any], tmp_path: Path
+) -> None:
+    done = maekit(*words, "--resize-on", "device", "--workers", 1)
+    assert done.code == 0 and done.json["loss"] == pytest.approx(result["loss"], rel=0.01)
+    assert done.json["state_sha256"] != result["state_sha256"]
+    for other in (["--crop", "centre"], ["--color-jitter", "0.4"], ["--crop-scale", "1", "1"]):
+        done = maekit(*words, "--resize-on", "device", *other, "--out", tmp_path / "wrong")
+        assert done.code == 2 and "E-CONFIG-IDLE" in done.stderr and not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_what_was_compiled_is_kept_for_the_next_run_in_a_folder_of_this_user(
+    maekit: Run, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    kept, found = tmp_path / "maekit/compiled", []
+    for name in ("first", "second"):
+        done = maekit(*words, "--compile", "--out", tmp_path / name)
+        assert done.code == 0 and re.search(rf"first step done: \d+ s; kept for the next run in {kept}", done.stderr)
+        found.append({path.name: path.stat().st_mtime_ns for path in kept.rglob("*.so")})
+    assert found[0] and found[0] == found[1]
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
 
 
 def test_compile_without_a_compiler_says_what_to_install_and_leaves_nothing(

@@ -7,7 +7,7 @@ given its library's fastest attention.
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -22,9 +22,10 @@ from maekit.errors import MaekitError
 from maekit.model.mae import MaskedAutoencoder
 from maekit.model.variant import PAPER
 from maekit.train.optim import adamw, pretrain_groups
-from maekit.train.precision import autocast
+from maekit.train.precision import autocast, resolve_precision
 
 K = TypeVar("K", bound=Hashable)
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass
@@ -116,20 +117,28 @@ def turns(runs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[fl
 def peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, device: torch.device) -> Contender:
     """Build a peer of the same sizes.
 
+    Args:
+        name: of the peer; with a colon and a precision after it, that one: "transformers:fp32" is what it does where
+            nothing is said.
+        precision: where the name has none.
+
     Raises:
         MaekitError: E-CONFIG-PEER for an unknown one, or one that has no model like this; E-ENV-IMPORT if it is not
-            installed.
+            installed; E-ENV-PRECISION.
     """
     builders = {"transformers": _transformers, "timm-forward": _timm_forward, "lightly": _lightly}
-    if name not in builders:
-        raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=", ".join(builders))
-    model, loss = builders[name](ours, mask_ratio)
-    return Contender(name, model.to(device).train(), loss, precision, trains=name != "timm-forward")
+    who, _, at = name.partition(":")
+    if who not in builders or (at or "fp32") not in PRECISIONS:
+        expected = f"{', '.join(builders)}; with :{', :'.join(PRECISIONS)} for a precision of its own"
+        raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=expected)
+    precision = resolve_precision(at, device, ours.encoder.embed_dim) if at else precision
+    model, loss = builders[who](ours, mask_ratio)
+    return Contender(name, model.to(device).train(), loss, precision, trains=who != "timm-forward")
 
 
-def peer_version(name: str) -> str:
-    """Return the version of a peer's library."""
-    return version(name.partition("-")[0])
+def peer_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of peers' libraries, by peer."""
+    return {who: version(who.partition("-")[0]) for who in (name.partition(":")[0] for name in names)}
 
 
 def _plain(name: str, ours: MaskedAutoencoder) -> tuple[int, int]:

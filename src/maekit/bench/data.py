@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from maekit.data.augment import enough, random_box, resized_crop
+from maekit.data.augment import cut, enough, random_box, resized_boxes, resized_crop
 from maekit.data.image import read_image
 from maekit.data.loader import Batch, Loader
 from maekit.data.workers import PREFETCH
@@ -30,6 +30,7 @@ SCALE = (0.2, 1.0)
 ENDLESS = 10**9
 """Steps that no measurement comes to."""
 PAPERS, OURS, SCALED = "Pillow + torchvision v1 (the paper's)", "maekit", "maekit --dct-scaling"
+CUT = "maekit --resize-on device, what is left to the loader"
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def decode_rates(files: Sequence[Path], *, size: int = 224, seconds: float = 10.
     """Measure decoding and random resized crop to (3, size, size) of uint8, on one thread.
 
     All ways cut the same boxes, and take turns on every file. The first is that of the official repository, without
-    what comes after it in any way (mirror, normalisation); the last, of JPEG decoded smaller, is there only where some
-    are large enough.
+    what comes after it in any way (mirror, normalisation); that of JPEG decoded smaller is there only where some
+    are large enough. What a GPU does is not in the time.
 
     Args:
         files: pictures; those that cannot be read are left out.
@@ -175,7 +176,7 @@ def _decode_rates(contents: list[bytes], size: int, seconds: float, seed: int) -
     files = list(_files(contents, enough((size, size), SCALE), seed))
     if not files:
         raise MaekitError("E-DATA-EMPTY", "no picture to decode", found=f"{len(contents)} files, none readable")
-    ways = {PAPERS: _papers, OURS: _ours}
+    ways = {PAPERS: _papers, OURS: _ours, CUT: _cut}
     if any(file.of_smaller for file in files):
         ways[SCALED] = _scaled
     spent, differs, count = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0), 0
@@ -186,6 +187,7 @@ def _decode_rates(contents: list[bytes], size: int, seconds: float, seed: int) -
             start = time.process_time()
             shown[name] = way(files[count % len(files)], size)
             spent[name] += time.process_time() - start
+        shown[CUT] = resized_boxes(shown[CUT].flatten(), [shown[CUT].shape[:2]], 3, (size, size))[0]
         for name, pixels in shown.items():
             differs[name] += float((pixels.float() - shown[PAPERS].float()).abs().mean())
         count += 1
@@ -212,6 +214,11 @@ def _papers(file: _File, size: int) -> Tensor:
 
 def _ours(file: _File, size: int) -> Tensor:
     return resized_crop(read_image(file.data), file.box, (size, size)).contiguous()
+
+
+def _cut(file: _File, size: int) -> Tensor:
+    """Return the box as it goes to the device, (H, W, 3)."""
+    return cut(read_image(file.data), file.box).permute(1, 2, 0).contiguous()
 
 
 def _scaled(file: _File, size: int) -> Tensor:

@@ -8,6 +8,7 @@ depend on worker, rank or call order. Normalisation happens later, on the device
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,10 +69,37 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
 
 
+def cut(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """Return a box (top, left, height, width) of (C, H, W)."""
+    top, left, tall, wide = box
+    return image[:, top : top + tall, left : left + wide]
+
+
 def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
     """Cut a box (top, left, height, width) out of (C, H, W) and resize it to (C, *size)."""
-    top, left, tall, wide = box
-    return resized(image[:, top : top + tall, left : left + wide], size)
+    return resized(cut(image, box), size)
+
+
+def resized_boxes(pixels: Tensor, sides: Sequence[tuple[int, int]], channels: int, size: tuple[int, int]) -> Tensor:
+    """Resize boxes of different sides, where their pixels lie: on a GPU without waiting for it.
+
+    8-bit pixels are computed in float32 and rounded once at the end, which `resized` does after rows and columns: the
+    same levels but for few, which differ by one.
+
+    Args:
+        pixels: of one box after the other, each (height, width, C), in one dimension.
+        sides: height and width of each.
+        channels: C.
+        size: of all results.
+
+    Returns:
+        (B, C, *size) float32; of 8-bit pixels in levels of 0 to 255.
+    """
+    areas = [tall * wide * channels for tall, wide in sides]
+    images = pixels.new_empty((len(sides), channels, *size), dtype=torch.float32)
+    for image, box, (tall, wide) in zip(images, pixels.split(areas), sides, strict=True):
+        image.copy_(resized(box.view(tall, wide, channels).permute(2, 0, 1).float(), size))
+    return images.clamp_(0, 255).round_() if pixels.dtype == torch.uint8 else images
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
@@ -199,6 +227,7 @@ class PretrainView:
     Attributes:
         crop: "random": size and place; "fixed": place only; "centre" (paper table 1e's arms, `fixed_crop`).
         color_jitter: brightness, contrast and saturation are multiplied by 1 - this to 1 + this.
+        cut_only: a random crop is left as large as it was cut, for `resized_boxes`.
     """
 
     size: tuple[int, int]
@@ -206,6 +235,7 @@ class PretrainView:
     flip: bool = True
     crop: str = "random"
     color_jitter: float = 0.0
+    cut_only: bool = False
 
     @property
     def enough(self) -> tuple[int, int]:
@@ -216,8 +246,10 @@ class PretrainView:
         return math.ceil(self.size[0] / kept), math.ceil(self.size[1] / kept)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return (C, *size)."""
-        if self.crop == "random":
+        """Return (C, *size), or what is to be resized to it."""
+        if self.cut_only:
+            image = cut(image, random_box(image.shape[-2], image.shape[-1], self.scale))
+        elif self.crop == "random":
             image = random_crop(image, self.size, self.scale)
         elif self.crop == "fixed":
             image = fixed_crop(image, self.size)

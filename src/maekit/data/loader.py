@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from maekit.data.augment import resized_boxes
 from maekit.data.bad_images import BadImages, Policy
 from maekit.data.decoded import room_for
 from maekit.data.masks import Masks
@@ -77,7 +78,8 @@ class Loader:
 
     Args:
         source: images by index, with ids and labels.
-        view: one decoded (C, H, W) image to one of the model's size.
+        view: one decoded (C, H, W) image to one of the model's size; where its "cut_only" is set, to a box of any size,
+            which is resized on the device.
         batch_size: global batch, all processes and accumulation steps.
         micro_batch: images per process and pass; the last pass of a step may have fewer.
         drop_last: leave the images of an incomplete batch at the end of an epoch out; otherwise it is a short one.
@@ -129,6 +131,7 @@ class Loader:
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
         self.device = torch.device(device)
         decoded = room_for(len(source), decoded_bytes)
+        self.size: tuple[int, int] = getattr(view, "size", (1, 1))
         enough = getattr(view, "enough", None) if dct_scaling else None
         self.samples = Samples(source, view, len(mean), seed, num_noise, masks, decoded, enough)
         self.samples.repeats = repeats
@@ -246,7 +249,7 @@ class Loader:
                 batch = collate([self.samples[key] for key in keys])
                 yield {name: _pinned(value) for name, value in batch.items()} if pinned else batch
             return
-        image_bytes = self.samples.channels * math.prod(getattr(self.samples.view, "size", ()))  # at least: of 8 bits
+        image_bytes = self.samples.channels * math.prod(self.size)  # at least: of 8 bits
         pool = Pool(
             self.samples, self.workers, timeout=self.read_timeout,
             batch_bytes=image_bytes * min(self.micro_batch, self.batch_size), pin_memory=pinned,
@@ -254,9 +257,13 @@ class Loader:
         yield from pool.batches(sampler)
 
     def _to_device(self, batch: Batch) -> Batch:
+        sides = batch.pop("sides").tolist() if "sides" in batch else None
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         images = batch["images"]
-        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        in_levels = images.dtype == torch.uint8
+        if sides is not None:
+            images = resized_boxes(images, sides, self.samples.channels, self.size)
+        images = images.float().div_(255) if in_levels else images
         batch["images"] = images.sub_(self.mean).div_(self.std)  # in place: the batch is nobody else's
         return batch
 

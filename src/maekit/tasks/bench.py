@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from maekit.bench.contenders import Contender, ours, peer, peer_version, turns
+from maekit.bench.contenders import Contender, ours, peer, peer_versions, turns
 from maekit.bench.data import decode_rates, loader_rates, workers_needed
 from maekit.bench.machine import describe, layer_in_fp32_over_bf16, peak, wait
 from maekit.bench.memory import Held, Job, held
@@ -49,7 +50,7 @@ from maekit.tasks.pretrain import check_checkpointing, new_model, passes_of
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
 from maekit.train.allocator import keep_freed_memory
-from maekit.train.device import check_compiler, cpu_model, resolve_device
+from maekit.train.device import COMPILED, cpu_model, prepare_compiler, resolve_device
 from maekit.train.precision import best_precision, resolve_precision
 
 log = logging.getLogger("maekit")
@@ -63,7 +64,7 @@ READS: dict[str, set[str]] = {
     "memory": MODEL | ANEW | {"precision", "vs"},
     "checkpoint": MODEL | PLACE | {"precision", "rounds", "save_every", "out"},
     "mask": MODEL | {"precision", "rounds"},
-    "data": MODEL | PLACE | VIEWS | {"precision", "workers", "seconds"},
+    "data": MODEL | PLACE | VIEWS | {"precision", "resize_on", "workers", "seconds"},
     "decode": {"data", "img_size", "seconds", "seed"},
 }
 """Settings that each action reads, beside its own name."""
@@ -148,7 +149,7 @@ def _precision(settings: Bench, model: MaskedAutoencoder, device: torch.device) 
 def _train(settings: Bench) -> Result:
     device = resolve_device(settings.device)
     if settings.compile:
-        check_compiler(device)
+        prepare_compiler(device)
     model = _model(settings, device)
     precision, why = _precision(settings, model, device)
     images = _images(settings, model, device)
@@ -159,7 +160,8 @@ def _train(settings: Bench) -> Result:
         eager = ours(model, settings.mask_ratio, precision, compiled=False)
         eager.name = EAGER
         contenders.append(eager)
-    first = {one.name: one.seconds(images) for one in contenders}
+    with _compiled_anew() if settings.compile else contextlib.nullcontext():
+        first = {one.name: one.seconds(images) for one in contenders}
     times = turns({one.name: partial(one.seconds, images) for one in contenders}, settings.rounds)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     best, side = peak(device, dtype)
@@ -185,9 +187,21 @@ def _train(settings: Bench) -> Result:
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_min": {name: values[0] for name, values in ratios.items()},
         "ratio_max": {name: values[-1] for name, values in ratios.items()},
-        "versions": {name: peer_version(name) for name in ratios}, "rounds": settings.rounds,
+        "versions": peer_versions(ratios), "rounds": settings.rounds,
     }  # fmt: skip
     return Result(metrics, "\n".join(_told(settings, contenders, times, metrics, why)))
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """While open, torch finds nothing that was compiled before."""
+    kept = os.environ[COMPILED]
+    with tempfile.TemporaryDirectory(prefix="maekit-compiled-") as folder:
+        os.environ[COMPILED] = folder
+        try:
+            yield
+        finally:
+            os.environ[COMPILED] = kept
 
 
 def _worth(first: dict[str, float], times: dict[str, list[float]]) -> dict[str, object]:
@@ -290,7 +304,7 @@ def _memory(settings: Bench) -> Result:
         )
 
     own = {"maekit": job("maekit"), _named(anew): job("maekit", anew)}
-    peers = [name for name in settings.vs or [] if name != "timm-forward"]
+    peers = [name for name in settings.vs or [] if not name.startswith("timm-forward")]
     found: dict[str, Held] = {name: held(one) for name, one in (own | {name: job(name) for name in peers}).items()}
     base = found[peers[0] if peers else "maekit"]
     against = peers[0] if peers else "maekit"
@@ -315,7 +329,7 @@ def _memory(settings: Bench) -> Result:
         "kept_mib": {name: one.kept_mib for name, one in found.items()}, "counted_mib": expected,
         "seconds": {name: one.seconds for name, one in found.items()},
         "of": {name: one.mib / base.mib for name, one in found.items()}, "against": against,
-        "versions": {name: peer_version(name) for name in peers},
+        "versions": peer_versions(peers),
     }  # fmt: skip
     head = f"{settings.model}, batch {settings.batch_size}, {precision} ({why}); each in a process of its own"
     return Result(metrics, "\n".join([head, *aligned(rows)]))
@@ -445,12 +459,13 @@ def _data(settings: Bench) -> Result:
     channels = channels_of(source, settings.channels)
     model = _model(settings.model_copy(update={"channels": channels}), device)
     precision, _ = _precision(settings, model, device)
-    view = seen_as(settings, model.img_size, channels)
+    view = seen_as(settings, model.img_size, channels, settings.resize_on)
 
     def make(workers: int) -> Loader:
         return Loader(
             source, view, batch_size=settings.batch_size, micro_batch=settings.batch_size, seed=settings.seed,
             mean=model.mean, std=model.std, num_noise=model.num_patches, workers=workers,
+            device=device,
         )  # fmt: skip
 
     rates = loader_rates(make, settings.workers, seconds=settings.seconds)

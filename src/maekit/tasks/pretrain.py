@@ -98,7 +98,7 @@ def training(settings: Pretrain, source: Source, run: Run, here: World) -> Train
     model = new_model(settings, channels, goal)
     _check(settings, model)  # refused before anything is read or written
     masks = _masks(settings, source, model)
-    view = seen_as(settings, settings.img_size, channels)
+    view = seen_as(settings, settings.img_size, channels, settings.resize_on)
     statistics = published(settings.stats, channels)
     if goal is not None and goal.kind == "pca":
         statistics = _same_images(goal, source, statistics)

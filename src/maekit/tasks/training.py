@@ -28,7 +28,7 @@ from maekit.settings import Images, Loop, Seen, Settings, Steady, Views
 from maekit.tasks import Result
 from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating, identity
 from maekit.tasks.same_data import Read, compared, write_down
-from maekit.train.device import World, check_compiler, launch
+from maekit.train.device import World, launch, prepare_compiler
 from maekit.train.loop import Evaluate, Outcome, Plan, Step, fit
 from maekit.train.memory import ROOM, Passes, memory_of
 from maekit.train.precision import resolve_precision
@@ -134,7 +134,7 @@ def prepare(
             expected="a run that minds spikes", hint="--spike-sigma 6",
         )  # fmt: skip
     if loop.compile:
-        check_compiler(world.device)
+        prepare_compiler(world.device)
     if known is not None:
         _same_classes(known, classes)
         model.set_statistics(known.mean, known.std)
@@ -245,18 +245,27 @@ def unlabelled(settings: Images, dataset: Any, channels: int | None) -> Source:
     )
 
 
-def seen_as(settings: Views, size: tuple[int, int], channels: int) -> PretrainView:
+def seen_as(settings: Views, size: tuple[int, int], channels: int, resize_on: str = "loader") -> PretrainView:
     """Return the views of pre-training.
 
     Raises:
-        MaekitError: E-CONFIG-AUGMENT for colour jitter of images that are no pictures.
+        MaekitError: E-CONFIG-AUGMENT for colour jitter of images that are no pictures; E-CONFIG-IDLE for views that
+            the device cannot finish.
     """
+    cuts = settings.crop == "random" and settings.crop_scale != (1.0, 1.0)
+    if resize_on == "device" and (settings.color_jitter or not cuts):
+        raise MaekitError(
+            "E-CONFIG-IDLE", "setting resize_on", found="device, for other views than boxes cut at random",
+            expected="crop random of a scale below 1, color_jitter 0", hint="leave --resize-on out",
+        )  # fmt: skip
     if settings.color_jitter and channels not in (1, 3):
         raise MaekitError(
             "E-CONFIG-AUGMENT", "setting color_jitter", found=f"images of {channels} channels",
             expected="1 or 3 channels: it works on pictures", hint="--color-jitter 0",
         )  # fmt: skip
-    return PretrainView(size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter)
+    return PretrainView(
+        size, settings.crop_scale, settings.flip, settings.crop, settings.color_jitter, cut_only=resize_on == "device"
+    )
 
 
 def patch_of(settings: Seen) -> tuple[int, tuple[int, int]]:

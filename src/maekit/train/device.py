@@ -35,6 +35,8 @@ from maekit.train.allocator import keep_freed_memory
 T = TypeVar("T")
 STORE = "MAEKIT_STORE"
 """Variable that names the file through which the processes of `launch` meet."""
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+"""Variable by which torch knows where to keep what it has compiled."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals by which a run is stopped."""
 TO_END = 30.0
@@ -164,8 +166,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Refuse torch.compile where it cannot work.
+def prepare_compiler(device: torch.device) -> None:
+    """Refuse torch.compile where it cannot work; keep what it compiles for the next run, in a folder of this user's.
+
+    torch's own choice is a name in /tmp that anyone could have taken first, and what lies there is loaded and run.
+    Where the environment names a folder already, that is kept.
 
     Raises:
         MaekitError: E-ENV-COMPILER on a CPU without a C++ compiler.
@@ -174,6 +179,15 @@ def check_compiler(device: torch.device) -> None:
         raise MaekitError(
             "E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt-get install g++, or --no-compile"
         )
+    if COMPILED in os.environ:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit" / "compiled"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or not to be written
+        os.environ[COMPILED] = tempfile.mkdtemp(prefix="maekit-compiled-")
+    else:
+        os.environ[COMPILED] = str(folder)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ the loop learn of a bad number, and finds the state of just before it (`maekit.t
 import contextlib
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,7 @@ from maekit.seeds import seed_all
 from maekit.settings import Loop
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS, Best
-from maekit.train.device import World, circumstances, without_peer
+from maekit.train.device import COMPILED, World, circumstances, without_peer
 from maekit.train.guard import Guard
 from maekit.train.log import Log
 from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
@@ -192,6 +193,7 @@ def fit(
     call = _wrap(model, step_function, settings, world)
     stop = min(schedule.total, settings.stop_at or schedule.total)
     save_every = settings.save_every or schedule.steps_per_epoch
+    compiling = settings.compile
     first, began, saved_at, scores = state.step, time.monotonic(), state.step if saved else -1, {}
     best = {prefix: Best(run, plan.keep_best, prefix) for prefix in FOLDERS if plan.keep_best}
     guard, waits = Guard(state, settings, plan.seed, world, run), Waits(world.device)
@@ -237,6 +239,8 @@ def fit(
     )
     with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals, saver:
         stopped = state.step >= stop and stop < schedule.total
+        if compiling and not stopped:
+            log.info("compiling the model, in the first step")
         for micro_batches in guard.batches(loader.steps, stop):
             at = state.step
             try:
@@ -252,6 +256,12 @@ def fit(
                 _narrow(error, loader, plan, world, saved_at)
                 guard.undo()
                 continue
+            if compiling:
+                compiling = False
+                kept = os.environ.get(COMPILED, "no folder")
+                log.info(
+                    "compiled, first step done: %.0f s; kept for the next run in %s", time.monotonic() - began, kept
+                )
             saver.look()
             if due(state.step) and flush():
                 if records:
