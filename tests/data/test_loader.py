@@ -381,7 +381,7 @@ def test_dct_scaling_changes_large_jpeg_a_little_and_nothing_else(source: Source
 def test_crops_resized_on_the_device_are_those_of_the_loader_whatever_the_workers(
     source: Source, channels: int
 ) -> None:
-    """The same boxes, mirrors and masks; a level of difference here and there."""
+    """The same boxes, mirrors and masks; a level of difference in a value here and there."""
     std = (0.5,) * channels
     given = {"mean": std, "std": std, "micro_batch": 3, "drop_last": False}
     plain, here, workers = (
@@ -393,7 +393,7 @@ def test_crops_resized_on_the_device_are_those_of_the_loader_whatever_the_worker
         assert {name: a[name].shape for name in a} == {name: b[name].shape for name in b}
         assert all(torch.equal(a[name], b[name]) for name in a if name != "images")
         levels = (a["images"] - b["images"]).abs() * 0.5 * 255
-        assert levels.max() < 1.01 and levels.mean() < 0.1
+        assert levels.max() < 1.01 and levels.mean() < 0.02
 
 
 def test_float_arrays_are_resized_on_the_device_to_the_same_numbers() -> None:

@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -408,17 +409,17 @@ def test_crops_may_be_resized_on_the_device(
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_what_was_compiled_is_kept_for_the_next_run_in_a_folder_of_this_user(
-    maekit: Run, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maekit: Run, words: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    torchs = Path(tempfile.gettempdir()) / "torchinductor_somebody"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(torchs)}
     kept, found = tmp_path / "maekit/compiled", []
     for name in ("first", "second"):
-        done = maekit(*words, "--compile", "--out", tmp_path / name)
+        done = maekit(*words, "--compile", "--out", tmp_path / name, environment=environment)
         assert done.code == 0 and re.search(rf"first step done: \d+ s; kept for the next run in {kept}", done.stderr)
         found.append({path.name: path.stat().st_mtime_ns for path in kept.rglob("*.so")})
     assert found[0] and found[0] == found[1]
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700 and not torchs.exists()
 
 
 def test_compile_without_a_compiler_says_what_to_install_and_leaves_nothing(

@@ -83,8 +83,8 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int,
 def resized_boxes(pixels: Tensor, sides: Sequence[tuple[int, int]], channels: int, size: tuple[int, int]) -> Tensor:
     """Resize boxes of different sides, where their pixels lie: on a GPU without waiting for it.
 
-    8-bit pixels are computed in float32 and rounded once at the end, which `resized` does after rows and columns: the
-    same levels but for few, which differ by one.
+    Computed in float32. 8-bit pixels are rounded after the columns and again after the rows, as in Pillow and `resized`,
+    to the same levels but for one value in three hundred, which differs by one.
 
     Args:
         pixels: of one box after the other, each (height, width, C), in one dimension.
@@ -97,9 +97,13 @@ def resized_boxes(pixels: Tensor, sides: Sequence[tuple[int, int]], channels: in
     """
     areas = [tall * wide * channels for tall, wide in sides]
     images = pixels.new_empty((len(sides), channels, *size), dtype=torch.float32)
+    in_levels = pixels.dtype == torch.uint8
     for image, box, (tall, wide) in zip(images, pixels.split(areas), sides, strict=True):
-        image.copy_(resized(box.view(tall, wide, channels).permute(2, 0, 1).float(), size))
-    return images.clamp_(0, 255).round_() if pixels.dtype == torch.uint8 else images
+        whole = box.view(tall, wide, channels).permute(2, 0, 1).float()
+        if in_levels:
+            whole = resized(whole, (tall, size[1])).clamp_(0, 255).round_()
+        image.copy_(resized(whole, size))
+    return images.clamp_(0, 255).round_() if in_levels else images
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:

@@ -170,7 +170,7 @@ def prepare_compiler(device: torch.device) -> None:
     """Refuse torch.compile where it cannot work; keep what it compiles for the next run, in a folder of this user's.
 
     torch's own choice is a name in /tmp that anyone could have taken first, and what lies there is loaded and run.
-    Where the environment names a folder already, that is kept.
+    Where the environment names another folder, that is kept.
 
     Raises:
         MaekitError: E-ENV-COMPILER on a CPU without a C++ compiler.
@@ -179,7 +179,8 @@ def prepare_compiler(device: torch.device) -> None:
         raise MaekitError(
             "E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt-get install g++, or --no-compile"
         )
-    if COMPILED in os.environ:
+    theirs = str(Path(tempfile.gettempdir()) / "torchinductor_")
+    if not os.environ.get(COMPILED, theirs).startswith(theirs):  # torch itself may have named its own
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit" / "compiled"
