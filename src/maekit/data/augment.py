@@ -83,8 +83,8 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int,
 def resized_boxes(pixels: Tensor, sides: Sequence[tuple[int, int]], channels: int, size: tuple[int, int]) -> Tensor:
     """Resize boxes of different sides, where their pixels lie: on a GPU without waiting for it.
 
-    Computed in float32. 8-bit pixels are rounded after the columns and again after the rows, as in Pillow and `resized`,
-    to the same levels but for one value in three hundred, which differs by one.
+    Computed in float32. 8-bit pixels are rounded after columns and again after rows, as by Pillow and `resized`,
+    to the same levels but for one value in three hundred, which is off by one.
 
     Args:
         pixels: of one box after the other, each (height, width, C), in one dimension.

@@ -64,7 +64,7 @@ READS: dict[str, set[str]] = {
     "memory": MODEL | ANEW | {"precision", "vs"},
     "checkpoint": MODEL | PLACE | {"precision", "rounds", "save_every", "out"},
     "mask": MODEL | {"precision", "rounds"},
-    "data": MODEL | PLACE | VIEWS | {"precision", "resize_on", "workers", "seconds"},
+    "data": MODEL | PLACE | VIEWS | {"precision", "resize_on", "decoded_mb", "workers", "seconds"},
     "decode": {"data", "img_size", "seconds", "seed"},
 }
 """Settings that each action reads, beside its own name."""
@@ -464,8 +464,8 @@ def _data(settings: Bench) -> Result:
     def make(workers: int) -> Loader:
         return Loader(
             source, view, batch_size=settings.batch_size, micro_batch=settings.batch_size, seed=settings.seed,
-            mean=model.mean, std=model.std, num_noise=model.num_patches, workers=workers,
-            device=device,
+            mean=model.mean, std=model.std, num_noise=model.num_patches, workers=workers, device=device,
+            decoded_bytes=settings.decoded_mb * 2**20,
         )  # fmt: skip
 
     rates = loader_rates(make, settings.workers, seconds=settings.seconds)
