@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +117,15 @@ def steps(rows: Iterable[tuple[str, Record]]) -> Table:
             )  # fmt: skip
 
 
+def kinds(rows: Iterable[tuple[str, Record]]) -> Table:
+    """Where maekit's own step goes."""
+    found = [(label, one) for label, one in rows if one.get("kinds")]
+    names = [*found[0][1]["kinds"]] if found else []
+    yield ("size", "precision", *names)
+    for label, one in found:
+        yield (label, one["precision"], *(share(one["kinds"][name], 0) for name in names))
+
+
 def memory(rows: Iterable[tuple[str, Record]]) -> Table:
     """Peak memory in training, one row for each contender."""
     yield ("size", "precision", "batch", "who", "MiB at the peak", "of transformers'", "s a step", "of maekit's")
@@ -200,6 +209,7 @@ def share(part: float, digits: int) -> str:
 
 TABLES = {
     "train": steps,
+    "kinds": kinds,
     "peers": steps,
     "memory": memory,
     "anew": anew,
@@ -207,6 +217,10 @@ TABLES = {
     "data": data,
     "decode": decode,
 }
+
+
+OF = {"kinds": "train"}
+"""Tables of what another table's measurements found, too."""
 
 
 def page(text: str, records: Sequence[Record]) -> str:
@@ -223,15 +237,14 @@ def tables(name: str, records: Sequence[Record]) -> str:
     """Return the tables of one kind, one for each device."""
     devices: dict[str, list[Record]] = {}
     for record in sorted(records, key=place):
-        if record["name"].partition("-")[0] == name:
+        if record["name"].partition("-")[0] == OF.get(name, name):
             devices.setdefault(record["device"], []).append(record)
-    return "\n\n".join(map(table, devices.values())) or "Not measured yet."
+    return "\n\n".join(table(TABLES[name], of) for of in devices.values()) or "Not measured yet."
 
 
-def table(records: Sequence[Record]) -> str:
+def table(make: Callable[[Iterable[tuple[str, Record]]], Table], records: Sequence[Record]) -> str:
     """Return what one device gave, under what it belongs to."""
     labels = {one.name: one.label for one in MEASUREMENTS}
-    make = TABLES[records[0]["name"].partition("-")[0]]
     titles, *rows = make((labels[record["name"]], record["found"]) for record in records)
     lines = [f"| {' | '.join(line)} |" for line in (titles, *rows)]
     return "\n".join([caption(records), "", lines[0], "|---" * len(titles) + "|", *lines[1:]])

@@ -9,7 +9,7 @@ import torch
 
 from maekit.bench.contenders import ours, peer
 from maekit.bench.machine import layer_in_fp32_over_bf16, peak
-from maekit.bench.shares import PARTS, shares
+from maekit.bench.shares import KINDS, PARTS, REST, kinds, shares
 from maekit.errors import MaekitError
 from maekit.model.flops import flops
 from maekit.model.mae import create_model
@@ -38,6 +38,8 @@ def test_the_figures_of_a_step_belong_together(small: None, tmp_path: Path) -> N
     assert found["mfu"] == pytest.approx(found["flops_per_second"] / found["peak_flops"])
     assert middle <= found["step_seconds"]["p90"] <= found["step_seconds"]["p99"]
     assert list(found["shares"]) == list(PARTS) and sum(found["shares"].values()) == pytest.approx(1)
+    assert [*found["kinds"]] == [*KINDS, REST] and sum(found["kinds"].values()) == pytest.approx(1)
+    assert min(found["kinds"].values()) > 0
     assert found["ratio"] == {} and f"MFU {found['mfu']:.0%}" in done.text
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
@@ -116,6 +118,18 @@ def test_marks_are_taken_away_again() -> None:
     found = shares(ours(model, 0.75, "fp32", compiled=False), torch.randn(2, 3, *model.img_size), rounds=1)
     assert set(found) == set(PARTS) and min(found.values()) > 0
     assert not model.decoder.pred._forward_hooks and not model.encoder.norm._forward_hooks
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_kinds_of_a_step_are_told_by_what_was_called(precision: str) -> None:
+    """Wide and shallow it is a matter of linear maps, narrow and of many tokens of attention."""
+    wide = {**MODEL, "embed_dim": 256, "num_heads": 1, "img_size": 16, "decoder_dim": 16}
+    many = {**MODEL, "embed_dim": 8, "num_heads": 2, "patch_size": 2, "depth": 4, "decoder_dim": 8}
+    found = []
+    for spec in (wide, many):
+        model = create_model(**spec)
+        found.append(kinds(ours(model, 0.5, precision, compiled=False), torch.randn(64, 3, *model.img_size), rounds=1))
+    assert found[0]["linear maps"] > found[0]["attention"] and found[1]["attention"] > found[1]["linear maps"]
 
 
 def test_masks_and_memory(small: None) -> None:

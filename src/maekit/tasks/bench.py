@@ -29,7 +29,7 @@ from maekit.bench.machine import describe, layer_in_fp32_over_bf16, peak, wait
 from maekit.bench.memory import Held, Job, held
 from maekit.bench.saving import costs
 from maekit.bench.scale import Point, grown, point, unread, varied
-from maekit.bench.shares import PARTS, shares
+from maekit.bench.shares import kinds, shares
 from maekit.data.loader import Loader
 from maekit.data.sources import open_source
 from maekit.errors import MaekitError
@@ -85,8 +85,8 @@ def bench(settings: Bench | dict[str, Any]) -> Result:
 
     Returns:
         for train: images_per_second, peer_images_per_second, step_seconds (p50, p90, p99), flops_per_image,
-        flops_per_second, peak_flops, mfu, shares, ratio ({peer: its seconds over ours}) and their spread; with compile
-        first_step_seconds, compiled_is_faster, compiling_pays_after_steps.
+        flops_per_second, peak_flops, mfu, shares, kinds (on a CPU), ratio ({peer: its seconds over ours}) and their
+        spread; with compile first_step_seconds, compiled_is_faster, compiling_pays_after_steps.
 
     Raises:
         MaekitError: E-USAGE-ACTION, E-CONFIG-IDLE for a setting that the action does not read, E-CONFIG-PEER,
@@ -173,6 +173,7 @@ def _train(settings: Bench) -> Result:
     del ratios["maekit"]
     ratios.pop(EAGER, None)
     parts = shares(eager, images)
+    by_kind = kinds(eager, images) if device.type == "cpu" else {}
     if settings.profile:
         _trace(eager, images, settings.profile)
     metrics: dict[str, object] = {
@@ -183,7 +184,7 @@ def _train(settings: Bench) -> Result:
         "step_seconds": {"p50": middle, "p90": _quantile(seconds, 0.9), "p99": _quantile(seconds, 0.99)},
         "first_step_seconds": first["maekit"], **_worth(first, times),
         "flops_per_image": count, "flops_per_second": reached, "peak_flops": best, "peak_side": side,
-        "mfu": reached / best, "shares": parts,
+        "mfu": reached / best, "shares": parts, "kinds": by_kind,
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_min": {name: values[0] for name, values in ratios.items()},
         "ratio_max": {name: values[-1] for name, values in ratios.items()},
@@ -242,7 +243,8 @@ def _told(
         pays = f"which pays from {steps:,} steps on" if steps else "which never pays"
         first = f"compiled: the first step took {found['first_step_seconds']:.1f} s"
         yield f"{first}, the others are {faster:.2f} times as fast as uncompiled ones, {pays}"
-    yield "of a step: " + ", ".join(f"{name} {found['shares'][name]:.0%}" for name in PARTS)
+    for told in ("shares", "kinds") if found["kinds"] else ("shares",):
+        yield "of a step: " + ", ".join(f"{name} {share:.0%}" for name, share in found[told].items())
     if settings.profile:
         yield f"trace: {settings.profile}"
 
