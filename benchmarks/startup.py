@@ -3,13 +3,17 @@
 A tree of `--real` empty files is made below `--at` (a RAM disk by default) and listed; its times are scaled to
 `--images`, since they are proportional. What needs no files is measured in full on made-up names. Memory is what the
 columns of names hold, what this process takes at its peak above the imports, and what each loader process has of them
-for itself. Times are the processor's, of one thread: what a clock says on an idle machine with a local disk.
+for itself. With `--packed` a set of `maekit pack` is opened, in full: as many rows, of a pixel each, in files and row
+groups as those of images of 20 kB. Times are the processor's, of one thread: what a clock says on an idle machine with
+a local disk.
 
-    python benchmarks/startup.py [--images 1300000] [--real 130000] [--at /dev/shm] [--workers 4] [--json]
+    python benchmarks/startup.py [--images 1300000] [--real 130000] [--at /dev/shm] [--workers 4] [--packed] [--json]
 """
 
 import argparse
+import io
 import json
+import multiprocessing
 import resource
 import tempfile
 import time
@@ -18,16 +22,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from maekit.data.columns import Names, Numbers
 from maekit.data.loader import Loader
 from maekit.data.manifest import manifest, to_bytes
+from maekit.data.parquet import PACKED, Packed
 from maekit.data.source import FileSource, Source
 from maekit.data.sources import hold_out, label_subset, open_source
 
-IN_A_FOLDER = 1300
+IN_A_FOLDER, IN_A_FILE = 1300, 10_000
 T = TypeVar("T")
 
 
@@ -64,6 +72,21 @@ def plant(root: Path, images: int) -> None:
             (root / path).touch()
 
 
+def plant_packed(root: Path, images: int) -> None:
+    """Write files as `maekit pack` does, of 10,000 rows in groups of 50."""
+    sink = io.BytesIO()
+    Image.new("L", (1, 1)).save(sink, "JPEG")
+    for number, first in enumerate(range(0, images, IN_A_FILE)):
+        rows = range(first, min(first + IN_A_FILE, images))
+        labels = [row // IN_A_FOLDER for row in rows]
+        table = pa.table({
+            "id": [f"n{label:08d}/n{label:08d}_{row}.JPEG" for row, label in zip(rows, labels, strict=True)],
+            "image": [sink.getvalue()] * len(rows), "label": labels,
+            "label_name": [f"n{label:08d}" for label in labels],
+        }).replace_schema_metadata({PACKED: Packed("train").to_json()})  # fmt: skip
+        pq.write_table(table, root / f"train-{number:05d}.parquet", row_group_size=50, write_statistics=False)
+
+
 def timed(seconds: dict[str, float], what: str, run: Callable[[], T], scale: float = 1.0) -> T:
     """Return what `run` returns and book its processor time."""
     start = time.process_time()
@@ -90,8 +113,12 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=130_000)
     parser.add_argument("--at", default="/dev/shm")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--packed", action="store_true", help="a packed set in place of a tree")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
+    if options.packed:
+        open_packed(options)
+        return
     seconds: dict[str, float] = {}
     before, scale = peak(), options.images / options.real
     with tempfile.TemporaryDirectory(dir=options.at) as folder:
@@ -119,6 +146,27 @@ def main() -> None:
     memory["each loader process, above one of a set of 1000"] = workers_hold(source, options.workers) - workers_hold(
         few, options.workers
     )
+    tell(options, seconds, memory)
+
+
+def open_packed(options: argparse.Namespace) -> None:
+    """Measure the opening of a packed set, which another process writes."""
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir=options.at) as folder:
+        writer = multiprocessing.get_context("spawn").Process(target=plant_packed, args=(Path(folder), options.images))
+        writer.start()
+        writer.join()
+        before = peak()
+        source = timed(seconds, "open the packed set", lambda: open_source(folder))
+        memory = {"this process, at the peak, above the imports": peak() - before}
+        memory["each loader process, above one of a set of 1000"] = workers_hold(
+            source, options.workers
+        ) - workers_hold(source.subset(range(1000)), options.workers)
+    tell(options, seconds, memory)
+
+
+def tell(options: argparse.Namespace, seconds: dict[str, float], memory: dict[str, float]) -> None:
+    """Print what was found."""
     for title, values, unit in (("start", seconds, "s"), ("memory", memory, "MB")):
         print(f"{title} with {options.images} images")
         for name, value in values.items():

@@ -199,7 +199,9 @@ def shadow(given: Model) -> tuple[Arms, int]:
 
 def onednn(given: Model) -> tuple[Arms, int]:
     """The linear maps of a step in fp32: torch's choice, or oneDNN for all but the gradients of weights."""
-    model, images, ratio, _ = given
+    model, images, ratio, kind = given
+    if kind != "fp32":
+        raise SystemExit("onednn is a trial of fp32: in bf16 torch takes oneDNN by itself")
     shapes: list[tuple[int, int, int]] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:

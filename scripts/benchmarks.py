@@ -119,11 +119,11 @@ def steps(rows: Iterable[tuple[str, Record]]) -> Table:
 
 def kinds(rows: Iterable[tuple[str, Record]]) -> Table:
     """Where maekit's own step goes."""
-    found = [(label, one) for label, one in rows if one.get("kinds")]
-    names = [*found[0][1]["kinds"]] if found else []
-    yield ("size", "precision", *names)
+    found = [(f"{label}, {one['precision']}", one["kinds"]) for label, one in rows]
+    names = [*dict.fromkeys(name for _, one in found for name in one)]
+    yield ("step", *names)
     for label, one in found:
-        yield (label, one["precision"], *(share(one["kinds"][name], 0) for name in names))
+        yield (label, *(share(one[name], 0) if name in one else "-" for name in names))
 
 
 def memory(rows: Iterable[tuple[str, Record]]) -> Table:
@@ -141,16 +141,8 @@ def memory(rows: Iterable[tuple[str, Record]]) -> Table:
 
 def anew(rows: Iterable[tuple[str, Record]]) -> Table:
     """What computing blocks anew together, or those of one part alone, saves and costs."""
-    yield (
-        "size",
-        "precision",
-        "batch",
-        "options",
-        "MiB at the peak",
-        "of those without",
-        "s a step",
-        "of those without",
-    )
+    titles = ("MiB at the peak", "of all kept", "s a step", "of all kept's")
+    yield ("size", "precision", "batch", "options", *titles)
     for label, found in rows:
         for who in [name for name in found["mib"] if name != "maekit"]:
             mib, took = found["mib"], found["seconds"]
@@ -237,7 +229,7 @@ def tables(name: str, records: Sequence[Record]) -> str:
     """Return the tables of one kind, one for each device."""
     devices: dict[str, list[Record]] = {}
     for record in sorted(records, key=place):
-        if record["name"].partition("-")[0] == OF.get(name, name):
+        if record["name"].partition("-")[0] == OF.get(name, name) and (name not in OF or record["found"].get(name)):
             devices.setdefault(record["device"], []).append(record)
     return "\n\n".join(table(TABLES[name], of) for of in devices.values()) or "Not measured yet."
 

@@ -1,13 +1,9 @@
 """What holds for all tests: one thread, no GPU tests without a GPU."""
 
 import os
-import tempfile
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; subprocesses inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
-# what tests compile stays out of the user's own cache
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"maekit-tests-{os.getuid()}"))
 
 import pytest
 

@@ -48,7 +48,26 @@ def test_each_device_has_its_own_table_under_what_it_belongs_to() -> None:
     assert shown.count("| size |") == 2
     assert "one, 1 thread, PyTorch 2.14.1, transformers 5.24.0, 2026-01-02, load 0.5." in shown
     assert "fp32 | 8 | 3 | 2.3 | transformers | 1.2 | 2.00 (2.00 to 2.00) | 50 of 100 | 50 % |" in shown
-    assert BENCHMARKS.tables("data", records) == "Not measured yet."
+    assert BENCHMARKS.tables("data", records) == BENCHMARKS.tables("kinds", records) == "Not measured yet."
+
+
+def test_kinds_of_operations_are_shown_for_the_measurements_that_tell_them() -> None:
+    records = [record(f"train-quickstart-{precision}", "one", 1) for precision in ("fp32", "bf16")]
+    records[0]["found"]["kinds"] = {"attention": 0.25, "norms": 0.75}
+    shown = BENCHMARKS.tables("kinds", records)
+    assert "| step | attention | norms |" in shown and "ratio .6), fp32 | 25 % | 75 % |" in shown
+    assert shown.count("quickstart") == 1
+    records[1]["found"] |= {"precision": "bf16", "kinds": {"attention": 0.5, "other": 0.5}}
+    assert "bf16 | 50 % | - | 50 % |" in BENCHMARKS.tables("kinds", records)
+
+
+def test_what_is_computed_anew_is_shown_beside_what_is_kept() -> None:
+    found = {
+        "precision": "bf16", "batch_size": 32, "mib": {"maekit": 200.0, "maekit --checkpointing": 150.0},
+        "seconds": {"maekit": 2.0, "maekit --checkpointing": 2.5},
+    }  # fmt: skip
+    one = {"name": "anew-vit-b-2-2", "device": "one", "date": "2026-01-02", "load": None, "note": "", "found": found}
+    assert "| bf16 | 32 | --checkpointing | 150 | 0.75 | 2.5 | 1.25 |" in BENCHMARKS.tables("anew", [one])
 
 
 def test_a_renewed_record_goes_in_place_of_that_of_its_device_alone() -> None:

@@ -397,7 +397,7 @@ class Pretrain(Steady, Size, Views, Statistics, Autoencoder, Masks, Loop, Machin
     )
     resize_on: Literal["loader", "device"] = setting(
         "loader",
-        "where random crops are resized: loader, in 8 bits; device: spares loader processes a quarter of their work",
+        "where random crops are resized: in loader processes, or on the device, which spares them that work",
     )
     checkpointing: bool = setting(
         False, "compute activations twice to save memory: encoder and decoder blocks", resume="free"
@@ -1025,7 +1025,7 @@ class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
     takes_recipes_of: ClassVar[tuple[type[Settings], ...]] = (Pretrain,)
     takes_only: ClassVar[tuple[str, ...]] = (
         *Place.model_fields, *Size.model_fields, *Views.model_fields, *Autoencoder.model_fields, *Masks.model_fields,
-        "batch_size", "save_every", "checkpointing_encoder", "checkpointing_decoder", "resize_on", "decoded_mb",
+        "batch_size", "save_every", "checkpointing_encoder", "checkpointing_decoder", "decoded_mb",
     )  # fmt: skip
 
     action: Literal["train", "scale", "memory", "checkpoint", "mask", "data", "decode"] | None = setting(
@@ -1044,7 +1044,7 @@ class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
         1, "memory: decoder blocks computed anew together, with checkpointing; 0: none", ge=0
     )
     vs: Names | None = setting(
-        None, "train, memory: peers in turns: transformers,timm-forward,lightly; transformers:fp32"
+        None, "train, memory: peers in turns: transformers,timm-forward,lightly; NAME:fp32 in that precision"
     )
     rounds: int = setting(7, "train, scale, checkpoint, mask: turns of each contender", ge=1)
     over: Literal["batch-size", "mask-ratio", "img-size", "threads"] = setting("mask-ratio", "scale: what is swept")
@@ -1052,10 +1052,9 @@ class Bench(Place, Size, Views, Autoencoder, Masks, Machine):
     save_every: int | None = setting(None, "checkpoint: steps between saves; default: an epoch of --data", ge=1)
     out: Path | None = setting(None, "scale: folder for plot and table; checkpoint: on the disk to be measured")
     threads: int | None = setting(None, "threads of the CPU; default: torch's own choice", ge=1)
-    resize_on: Literal["loader", "device"] = setting("loader", "data: where random crops are resized")
     decoded_mb: int = setting(1024, "data: MiB in which pictures stay decoded where all fit; 0: none", ge=0)
     workers: WorkerCounts = setting([0, 1, 2], "data: numbers of loader processes to try")
-    seconds: float = setting(20.0, "data, decode: how long in all", gt=0)
+    seconds: float = setting(20.0, "data, decode: how long in all; data first reads what stays decoded", gt=0)
     profile: Path | None = setting(None, "train: write a trace of two steps here, for chrome://tracing")
 
 

@@ -101,7 +101,7 @@ def test_a_peer_may_have_a_precision_of_its_own() -> None:
     own = create_model(**MODEL)
     precisions = [peer(name, own, 0.75, "bf16", CPU).precision for name in ("transformers", "transformers:fp32")]
     assert precisions == ["bf16", "fp32"]
-    for wrong in ("transformers:fp8", "nobody:fp32", ":fp32"):
+    for wrong in ("transformers:fp8", "nobody:fp32", ":fp32", "transformers:"):
         with pytest.raises(MaekitError, match=f"E-CONFIG-PEER.*found {wrong}.*transformers"):
             peer(wrong, own, 0.75, "fp32", CPU)
 
@@ -164,6 +164,8 @@ def test_the_peak_is_that_of_the_larger_of_two_products() -> None:
     [({}, "E-USAGE-ACTION"), ({"action": "train", "data": "x"}, "E-CONFIG-IDLE.*--data"),
      ({"action": "mask", "vs": "transformers"}, "E-CONFIG-IDLE.*--vs"),
      ({"action": "train", "vs": "x"}, "E-CONFIG-PEER"),
+     ({"action": "memory", "vs": "timm-forwardx"}, "E-CONFIG-PEER"),
+     ({"action": "train", "decoded_mb": 0}, "E-CONFIG-IDLE.*--decoded-mb"),
      ({"action": "data"}, "E-USAGE-DATA"), ({"action": "decode", "data": "."}, "E-DATA-EMPTY"),
      ({"action": "train", "model": "resnet18"}, "E-CONFIG-MODEL")],
 )  # fmt: skip

@@ -63,14 +63,27 @@ def test_the_random_crop_is_that_of_torchvision(size: tuple[int, int], seed: int
 def test_boxes_resized_together_in_floats_are_those_of_the_loader(channels: int) -> None:
     boxes = [photo(40 + 31 * i, 300 - 29 * i, channels) for i in range(7)]
     flat = torch.cat([box.permute(1, 2, 0).flatten() for box in boxes])
-    sides = [(box.shape[1], box.shape[2]) for box in boxes]
-    size = (64, 48)
-    found, one_by_one = resized_boxes(flat, sides, channels, size), torch.stack([resized(box, size) for box in boxes])
+    size, said = (64, 48), [(box.shape[1], box.shape[2], 1) for box in boxes]
+    found, one_by_one = resized_boxes(flat, said, channels, size), torch.stack([resized(box, size) for box in boxes])
     assert found.dtype == torch.float32 and found.shape == (7, channels, *size)
-    differs = (found - one_by_one).abs()
-    assert differs.max() <= 1 and differs.mean() < 0.01
+    differs = (found * 255 - one_by_one).abs()
+    assert differs.max() < 1.01 and differs.mean() < 0.01
     in_floats = torch.stack([resized(box.float() / 255, size) for box in boxes])
-    assert torch.allclose(resized_boxes(flat / 255, sides, channels, size), in_floats, atol=1e-6)
+    arrays = [(tall, wide, 0) for tall, wide, _ in said]
+    assert torch.allclose(resized_boxes(flat / 255, arrays, channels, size), in_floats, atol=1e-6)
+
+
+def test_a_box_of_many_pixels_is_resized_before_it_is_handed_over() -> None:
+    image, seen = photo(90, 120), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        whole = PretrainView((24, 32))(image)
+        torch.manual_seed(seed)
+        box = PretrainView((24, 32), cut_only=True)(image)
+        assert box[0].numel() <= 4 * 24 * 32
+        seen.add(box.shape == whole.shape)
+        assert box.shape != whole.shape or torch.equal(box, whole)
+    assert seen == {True, False}
 
 
 @settings(max_examples=200, deadline=None)

@@ -82,6 +82,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
         PretrainView((16, 16), color_jitter=0.4),
         PretrainView((16, 16), scale=(1.0, 1.0), flip=False),
         PretrainView((16, 16), crop="fixed"),
+        PretrainView((16, 16), flip=False, cut_only=True),
         ProbeView((16, 16)),
         FinetuneView((16, 16), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4),
         FinetuneView((16, 16), auto_augment="tensor-m9-n2"),

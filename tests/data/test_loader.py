@@ -396,15 +396,24 @@ def test_crops_resized_on_the_device_are_those_of_the_loader_whatever_the_worker
         assert levels.max() < 1.01 and levels.mean() < 0.02
 
 
-def test_float_arrays_are_resized_on_the_device_to_the_same_numbers() -> None:
-    class Arrays(list[Tensor]):
-        pass
-
-    arrays = DatasetSource(Arrays([torch.rand(3, 9 + i, 12) for i in range(8)]))
-    plain, cut = (
-        whole(loader(arrays, view=PretrainView((8, 8), cut_only=cut)).steps(0, 1))[0]["images"] for cut in (False, True)
-    )
-    assert torch.allclose(plain, cut, atol=1e-5)
+def test_float_arrays_and_pictures_beside_one_another_are_resized_on_the_device_to_the_same_numbers() -> None:
+    """Whoever shares a batch with whom, with several samples of each."""
+    mixed = [torch.rand(3, 9 + i, 12) for i in range(8)]
+    mixed[::2] = [(255 * image).to(torch.uint8) for image in mixed[::2]]
+    found = [
+        whole(
+            loader(DatasetSource(mixed), view=PretrainView((8, 8), cut_only=cut), micro_batch=part, repeats=2).steps(
+                0, 2
+            )
+        )
+        for cut, part in ((False, 8), (True, 8), (True, 1))
+    ]
+    assert same(found[1], found[2])
+    for plain, cut in zip(found[0], found[1], strict=True):
+        arrays = plain["ids"] % 2 == 1
+        assert 0 < arrays.sum() < len(arrays)
+        assert torch.allclose(plain["images"][arrays], cut["images"][arrays], atol=1e-5)
+        assert ((plain["images"] - cut["images"]).abs() * 0.4 * 255).max() < 1.01
 
 
 # ------------------------------------------------------------------------------------- several samples of an image

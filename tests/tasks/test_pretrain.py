@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import maekit as package
 from maekit.errors import MaekitError
@@ -411,15 +411,26 @@ def test_crops_may_be_resized_on_the_device(
 def test_what_was_compiled_is_kept_for_the_next_run_in_a_folder_of_this_user(
     maekit: Run, words: list[str], tmp_path: Path
 ) -> None:
-    torchs = Path(tempfile.gettempdir()) / "torchinductor_somebody"
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(torchs)}
-    kept, found = tmp_path / "maekit/compiled", []
+    environment = {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kept")}
+    found = []
     for name in ("first", "second"):
         done = maekit(*words, "--compile", "--out", tmp_path / name, environment=environment)
-        assert done.code == 0 and re.search(rf"first step done: \d+ s; kept for the next run in {kept}", done.stderr)
-        found.append({path.name: path.stat().st_mtime_ns for path in kept.rglob("*.so")})
+        assert done.code == 0 and re.search(r"first step done, compiled: \d+ s since the start", done.stderr)
+        found.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("kept/**/*.so")})
     assert found[0] and found[0] == found[1]
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o700 and not torchs.exists()
+    (folder,) = tmp_path.glob("torchinductor_*")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_code_of_somebody_else_is_not_loaded(maekit: Run, words: list[str], tmp_path: Path) -> None:
+    torchs = tmp_path / Path(default_cache_dir()).name
+    torchs.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    run = tmp_path / "run"
+    done = maekit(*words, "--compile", "--out", run, environment={"TMPDIR": str(tmp_path)})
+    assert done.code == 5 and f"E-ENV-COMPILER]: {torchs}" in done.stderr and "TMPDIR=" in done.stderr
+    assert not run.exists()
 
 
 def test_compile_without_a_compiler_says_what_to_install_and_leaves_nothing(

@@ -127,8 +127,8 @@ def peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, 
             installed; E-ENV-PRECISION.
     """
     builders = {"transformers": _transformers, "timm-forward": _timm_forward, "lightly": _lightly}
-    who, _, at = name.partition(":")
-    if who not in builders or (at or "fp32") not in PRECISIONS:
+    who, colon, at = name.partition(":")
+    if who not in builders or (colon and at not in PRECISIONS):
         expected = f"{', '.join(builders)}; with :{', :'.join(PRECISIONS)} for a precision of its own"
         raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=expected)
     precision = resolve_precision(at, device, ours.encoder.embed_dim) if at else precision

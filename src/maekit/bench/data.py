@@ -187,7 +187,7 @@ def _decode_rates(contents: list[bytes], size: int, seconds: float, seed: int) -
             start = time.process_time()
             shown[name] = way(files[count % len(files)], size)
             spent[name] += time.process_time() - start
-        shown[CUT] = resized_boxes(shown[CUT].flatten(), [shown[CUT].shape[:2]], 3, (size, size))[0]
+        shown[CUT] = resized_boxes(shown[CUT].flatten(), [(*shown[CUT].shape[:2], 1)], 3, (size, size))[0] * 255
         for name, pixels in shown.items():
             differs[name] += float((pixels.float() - shown[PAPERS].float()).abs().mean())
         count += 1

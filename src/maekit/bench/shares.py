@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from maekit.bench.contenders import Contender
 from maekit.bench.machine import wait
@@ -93,12 +93,12 @@ def kinds(contender: Contender, images: Tensor, rounds: int = 3) -> dict[str, fl
     """
     spent = dict.fromkeys((*KINDS, REST), 0.0)
     for number in range(rounds + 1):
-        with profile(activities=[ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CPU]) as found, record_function("step"):
             contender.step(images)
         for event in (found.events() or ()) if number else ():
             spent[_kind(event)] += event.self_cpu_time_total
     whole = sum(spent.values())
-    return {name: seconds / whole for name, seconds in spent.items()}
+    return {name: time / whole for name, time in spent.items()}
 
 
 def _kind(event: Any) -> str:

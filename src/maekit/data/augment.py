@@ -28,6 +28,9 @@ ASPECT = (3 / 4, 4 / 3)
 LOG_ASPECT = tuple(torch.log(torch.tensor(ASPECT)).tolist())
 MOST_DRAWS = 10
 """Boxes that are drawn until one fits the image: torchvision's RandomResizedCrop."""
+MOST_PIXELS = 4
+"""Times the pixels of the model's size up to which a box is left to the device: larger ones would cost more to hand
+over than to resize, and torch's kernel for GPUs refuses to shrink by more than 47."""
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?|-t[a-z0-9]+)*")
 """What timm reads of a RandAugment string: magnitude, number, probability, noise, limit, increasing; a set of names."""
 TENSOR_AUGMENT = re.compile(r"tensor-m(\d|10)-n([1-9])")
@@ -80,7 +83,9 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int,
     return resized(cut(image, box), size)
 
 
-def resized_boxes(pixels: Tensor, sides: Sequence[tuple[int, int]], channels: int, size: tuple[int, int]) -> Tensor:
+def resized_boxes(
+    pixels: Tensor, boxes: Sequence[tuple[int, int, int]], channels: int, size: tuple[int, int]
+) -> Tensor:
     """Resize boxes of different sides, where their pixels lie: on a GPU without waiting for it.
 
     Computed in float32. 8-bit pixels are rounded after columns and again after rows, as by Pillow and `resized`,
@@ -88,22 +93,24 @@ def resized_boxes(pixels: Tensor, sides: Sequence[tuple[int, int]], channels: in
 
     Args:
         pixels: of one box after the other, each (height, width, C), in one dimension.
-        sides: height and width of each.
+        boxes: of each height, width, and 1 if its pixels were of 8 bits, levels of 0 to 255, else 0.
         channels: C.
         size: of all results.
 
     Returns:
-        (B, C, *size) float32; of 8-bit pixels in levels of 0 to 255.
+        (B, C, *size) float32; of 8-bit pixels in 0..1.
     """
-    areas = [tall * wide * channels for tall, wide in sides]
-    images = pixels.new_empty((len(sides), channels, *size), dtype=torch.float32)
-    in_levels = pixels.dtype == torch.uint8
-    for image, box, (tall, wide) in zip(images, pixels.split(areas), sides, strict=True):
-        whole = box.view(tall, wide, channels).permute(2, 0, 1).float()
+    areas = [tall * wide * channels for tall, wide, _ in boxes]
+    images = pixels.new_empty((len(boxes), channels, *size), dtype=torch.float32)
+    for image, part, (tall, wide, in_levels) in zip(images, pixels.split(areas), boxes, strict=True):
+        whole = part.view(tall, wide, channels).permute(2, 0, 1).float()
         if in_levels:
             whole = resized(whole, (tall, size[1])).clamp_(0, 255).round_()
         image.copy_(resized(whole, size))
-    return images.clamp_(0, 255).round_() if in_levels else images
+    pictures = [images] if all(box[2] for box in boxes) else [images[i] for i, box in enumerate(boxes) if box[2]]
+    for one in pictures:
+        one.clamp_(0, 255).round_().div_(255)
+    return images
 
 
 def random_crop(image: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
@@ -231,7 +238,7 @@ class PretrainView:
     Attributes:
         crop: "random": size and place; "fixed": place only; "centre" (paper table 1e's arms, `fixed_crop`).
         color_jitter: brightness, contrast and saturation are multiplied by 1 - this to 1 + this.
-        cut_only: a random crop is left as large as it was cut, for `resized_boxes`.
+        cut_only: a random crop is left as large as it was cut, for `resized_boxes`, up to `MOST_PIXELS`.
     """
 
     size: tuple[int, int]
@@ -240,6 +247,9 @@ class PretrainView:
     crop: str = "random"
     color_jitter: float = 0.0
     cut_only: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.cut_only or self.crop == "random"
 
     @property
     def enough(self) -> tuple[int, int]:
@@ -252,7 +262,9 @@ class PretrainView:
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size), or what is to be resized to it."""
         if self.cut_only:
-            image = cut(image, random_box(image.shape[-2], image.shape[-1], self.scale))
+            box = random_box(image.shape[-2], image.shape[-1], self.scale)
+            few = box[2] * box[3] <= MOST_PIXELS * self.size[0] * self.size[1]
+            image = cut(image, box) if few else resized_crop(image, box, self.size)
         elif self.crop == "random":
             image = random_crop(image, self.size, self.scale)
         elif self.crop == "fixed":

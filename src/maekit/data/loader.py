@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maekit.data.augment import resized_boxes
+from maekit.data.augment import MOST_PIXELS, resized_boxes
 from maekit.data.bad_images import BadImages, Policy
 from maekit.data.decoded import room_for
 from maekit.data.masks import Masks
@@ -250,6 +250,8 @@ class Loader:
                 yield {name: _pinned(value) for name, value in batch.items()} if pinned else batch
             return
         image_bytes = self.samples.channels * math.prod(self.size)  # at least: of 8 bits
+        if getattr(self.samples.view, "cut_only", False):
+            image_bytes *= MOST_PIXELS
         pool = Pool(
             self.samples, self.workers, timeout=self.read_timeout,
             batch_bytes=image_bytes * min(self.micro_batch, self.batch_size), pin_memory=pinned,
@@ -257,13 +259,12 @@ class Loader:
         yield from pool.batches(sampler)
 
     def _to_device(self, batch: Batch) -> Batch:
-        sides = batch.pop("sides").tolist() if "sides" in batch else None
+        boxes = batch.pop("boxes").tolist() if "boxes" in batch else None
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         images = batch["images"]
-        in_levels = images.dtype == torch.uint8
-        if sides is not None:
-            images = resized_boxes(images, sides, self.samples.channels, self.size)
-        images = images.float().div_(255) if in_levels else images
+        if boxes is not None:
+            images = resized_boxes(images, boxes, self.samples.channels, self.size)
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
         batch["images"] = images.sub_(self.mean).div_(self.std)  # in place: the batch is nobody else's
         return batch
 

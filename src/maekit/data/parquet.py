@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as kind_of
 
@@ -227,7 +228,7 @@ def open_parquet(
     keys = Numbers(np.arange(starts[-1]))
     ids: Names | RowNames = RowNames(keys, [path.name for path in paths], starts[:-1])
     if any(packed):
-        ids = Names.of(_packed_ids(paths, packed, name))
+        ids = _packed_ids(paths, packed, name)
     if shape is not None:
         counts = {str(path): rows[str(path)] for path in paths}
         return PixelSource.of(name, ids, labels, known, counts, shape, targets=targets)
@@ -250,7 +251,7 @@ def _layout(paths: Sequence[Path]) -> tuple[list[pa.Schema], list[RowGroup]]:
     return schemas, [group for group in groups if group.num_rows]
 
 
-def _packed_ids(paths: Sequence[Path], packed: Sequence[Packed | None], name: str) -> list[str]:
+def _packed_ids(paths: Sequence[Path], packed: Sequence[Packed | None], name: str) -> Names:
     """Return the names that images had in the source that was packed.
 
     Several parts of one set are told apart as their folders were: ``train/...``, ``val/...``.
@@ -261,18 +262,22 @@ def _packed_ids(paths: Sequence[Path], packed: Sequence[Packed | None], name: st
     if any(one is None or one.pixels != (packed[0] and packed[0].pixels) for one in packed):
         raise MaekitError("E-DATA-COLUMN", f"{name}", found="files that were packed in several ways, or not at all",
                           expected="those of one maekit pack")  # fmt: skip
-    ids = list[str]()
+    columns = list[pa.ChunkedArray]()
     parts = {one.part for one in packed if one is not None}
     for path, one in zip(paths, packed, strict=True):
         with _from("E-DATA-COLUMN", f"cannot read the ids of {path}"):
-            found = _table(path, ["id"]).column(0).to_pylist()
-        if not all(type(each) is str for each in found):
+            column = _table(path, ["id"]).column(0)
+            column.validate(full=True)
+        if column.null_count or not (kind_of.is_string(column.type) or kind_of.is_large_string(column.type)):
             raise MaekitError("E-DATA-COLUMN", f"ids of {path}", found="a row without text", expected="a name each")
-        ids += [f"{one.part}/{each}" for each in found] if one is not None and len(parts) > 1 else found
-    if len(set(ids)) < len(ids):
-        twice = next(each for each, count in Counter(ids).items() if count > 1)
+        column = column.cast(pa.large_string())
+        columns.append(pc.binary_join_element_wise(one.part, column, "/") if one and len(parts) > 1 else column)
+    whole = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string())
+    if pc.count_distinct(whole).as_py() < len(whole):
+        counts = pc.value_counts(whole)
+        twice = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()]
         raise MaekitError("E-DATA-COLUMN", f"ids of {name}", found=f"{twice} twice", expected="each once")
-    return ids
+    return Names.of(column.to_pylist() for column in columns)
 
 
 @contextlib.contextmanager

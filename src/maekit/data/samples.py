@@ -29,7 +29,7 @@ from maekit.errors import MaekitError
 from maekit.failpoints import reach
 from maekit.seeds import seed_cpu
 
-STACKED = ("noise", "targets", "scores", "sides")
+STACKED = ("noise", "targets", "scores", "boxes")
 """What else than images, labels and ids a sample may hold."""
 IN_A_ROW = 100
 """Unreadable images one after the other that are passed over."""
@@ -122,7 +122,8 @@ class Samples(Dataset[dict[str, Any]]):
         image = self.view(image)
         item = {"images": image, "labels": label, "ids": index, "noise": noise, "bad": bad}
         if getattr(self.view, "cut_only", False):
-            item |= {"images": image.permute(1, 2, 0).flatten(), "sides": torch.tensor(image.shape[1:])}
+            box = torch.tensor([*image.shape[1:], image.dtype == torch.uint8])
+            item |= {"images": image.permute(1, 2, 0).flatten(), "boxes": box}
         if self.source.targets is not None:
             item["targets"] = torch.from_numpy(self.source.targets.values[index]).float()
         if scores is not None:
@@ -219,15 +220,16 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack items into a batch; "bad" becomes one list, "stop" (code and line of an error) stands alone.
 
     In a worker torch's `default_collate` stacks in shared memory at once, so pixels are not copied once more there.
-    Boxes that are still to be resized have different "sides": their pixels follow one another in one dimension.
+    Those of boxes that are still to be resized are: they follow one another in one dimension, as `resized_boxes` wants them.
     """
     if stops := [item["stop"] for item in items if "stop" in item]:
         return {"stop": stops[0]}
     images = [item["images"] for item in items]
     if len({image.dtype for image in images}) > 1:  # pictures among float arrays, which are within 0..1 already
-        images = [image.float().div_(255) if image.dtype == torch.uint8 else image for image in images]
+        most = 1 if "boxes" in items[0] else 255
+        images = [image.float().div_(most) if image.dtype == torch.uint8 else image for image in images]
     return {
-        "images": torch.cat(images) if "sides" in items[0] else default_collate(images),
+        "images": torch.cat(images) if "boxes" in items[0] else default_collate(images),
         "labels": torch.tensor([item["labels"] for item in items]),
         "ids": torch.tensor([item["ids"] for item in items]),
         **{name: default_collate([item[name] for item in items]) for name in STACKED if name in items[0]},

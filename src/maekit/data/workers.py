@@ -52,7 +52,7 @@ MOST_DEATHS = 3
 TO_START = 600
 """Seconds in which a worker's start is no hang: importing over a slow network takes long."""
 FILES_OF_A_WORKER = 32
-"""Open files of the main process per worker: queues, and up to six tensors in each batch that is ahead."""
+"""Open files of the main process per worker: queues, and up to seven tensors in each batch that is ahead."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where batches come over from the workers."""
 

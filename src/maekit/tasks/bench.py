@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 from maekit.bench.contenders import Contender, ours, peer, peer_versions, turns
@@ -30,6 +30,7 @@ from maekit.bench.memory import Held, Job, held
 from maekit.bench.saving import costs
 from maekit.bench.scale import Point, grown, point, unread, varied
 from maekit.bench.shares import kinds, shares
+from maekit.data.decoded import room_for
 from maekit.data.loader import Loader
 from maekit.data.sources import open_source
 from maekit.errors import MaekitError
@@ -50,21 +51,21 @@ from maekit.tasks.pretrain import check_checkpointing, new_model, passes_of
 from maekit.tasks.run_folder import typed
 from maekit.tasks.training import channels_of, seen_as
 from maekit.train.allocator import keep_freed_memory
-from maekit.train.device import COMPILED, cpu_model, prepare_compiler, resolve_device
+from maekit.train.device import cpu_model, prepare_compiler, resolve_device
 from maekit.train.precision import best_precision, resolve_precision
 
 log = logging.getLogger("maekit")
 
 PLACE, VIEWS = {*Place.model_fields} - {"recipe"}, {*Views.model_fields} - {"recipe"}
 ANEW = {"checkpointing_encoder", "checkpointing_decoder"}
-MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS - ANEW - {"save_every"}
+MODEL = {*Bench.takes_only, "device", "seed", "threads"} - PLACE - VIEWS - ANEW - {"save_every", "decoded_mb"}
 READS: dict[str, set[str]] = {
     "train": MODEL | {"precision", "compile", "vs", "rounds", "profile"},
     "scale": MODEL | {"precision", "rounds", "over", "points", "out"},
     "memory": MODEL | ANEW | {"precision", "vs"},
     "checkpoint": MODEL | PLACE | {"precision", "rounds", "save_every", "out"},
     "mask": MODEL | {"precision", "rounds"},
-    "data": MODEL | PLACE | VIEWS | {"precision", "resize_on", "decoded_mb", "workers", "seconds"},
+    "data": MODEL | PLACE | VIEWS | {"precision", "decoded_mb", "workers", "seconds"},
     "decode": {"data", "img_size", "seconds", "seed"},
 }
 """Settings that each action reads, beside its own name."""
@@ -160,7 +161,7 @@ def _train(settings: Bench) -> Result:
         eager = ours(model, settings.mask_ratio, precision, compiled=False)
         eager.name = EAGER
         contenders.append(eager)
-    with _compiled_anew() if settings.compile else contextlib.nullcontext():
+    with fresh_cache() if settings.compile else contextlib.nullcontext():  # as if nothing had been compiled before
         first = {one.name: one.seconds(images) for one in contenders}
     times = turns({one.name: partial(one.seconds, images) for one in contenders}, settings.rounds)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -191,18 +192,6 @@ def _train(settings: Bench) -> Result:
         "versions": peer_versions(ratios), "rounds": settings.rounds,
     }  # fmt: skip
     return Result(metrics, "\n".join(_told(settings, contenders, times, metrics, why)))
-
-
-@contextlib.contextmanager
-def _compiled_anew() -> Iterator[None]:
-    """While open, torch finds nothing that was compiled before."""
-    kept = os.environ[COMPILED]
-    with tempfile.TemporaryDirectory(prefix="maekit-compiled-") as folder:
-        os.environ[COMPILED] = folder
-        try:
-            yield
-        finally:
-            os.environ[COMPILED] = kept
 
 
 def _worth(first: dict[str, float], times: dict[str, list[float]]) -> dict[str, object]:
@@ -306,7 +295,7 @@ def _memory(settings: Bench) -> Result:
         )
 
     own = {"maekit": job("maekit"), _named(anew): job("maekit", anew)}
-    peers = [name for name in settings.vs or [] if not name.startswith("timm-forward")]
+    peers = [name for name in settings.vs or [] if name.partition(":")[0] != "timm-forward"]
     found: dict[str, Held] = {name: held(one) for name, one in (own | {name: job(name) for name in peers}).items()}
     base = found[peers[0] if peers else "maekit"]
     against = peers[0] if peers else "maekit"
@@ -461,14 +450,17 @@ def _data(settings: Bench) -> Result:
     channels = channels_of(source, settings.channels)
     model = _model(settings.model_copy(update={"channels": channels}), device)
     precision, _ = _precision(settings, model, device)
-    view = seen_as(settings, model.img_size, channels, settings.resize_on)
+    view = seen_as(settings, model.img_size, channels)
+
+    decoded = room_for(len(source), settings.decoded_mb * 2**20)  # one for all, as they are there at the same time
 
     def make(workers: int) -> Loader:
-        return Loader(
+        loader = Loader(
             source, view, batch_size=settings.batch_size, micro_batch=settings.batch_size, seed=settings.seed,
-            mean=model.mean, std=model.std, num_noise=model.num_patches, workers=workers, device=device,
-            decoded_bytes=settings.decoded_mb * 2**20,
+            mean=model.mean, std=model.std, num_noise=model.num_patches, workers=workers,
         )  # fmt: skip
+        loader.samples.decoded = decoded
+        return loader
 
     rates = loader_rates(make, settings.workers, seconds=settings.seconds)
     trained = ours(model, settings.mask_ratio, precision, compiled=False)

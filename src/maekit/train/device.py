@@ -1,6 +1,7 @@
 """Which device, which precision, which processes: asked of the machine once, never assumed."""
 
 import contextlib
+import errno
 import faulthandler
 import hashlib
 import logging
@@ -10,6 +11,7 @@ import platform
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -26,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from maekit.disk import own_file
 from maekit.errors import MaekitError
@@ -35,8 +38,6 @@ from maekit.train.allocator import keep_freed_memory
 T = TypeVar("T")
 STORE = "MAEKIT_STORE"
 """Variable that names the file through which the processes of `launch` meet."""
-COMPILED = "TORCHINDUCTOR_CACHE_DIR"
-"""Variable by which torch knows where to keep what it has compiled."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals by which a run is stopped."""
 TO_END = 30.0
@@ -167,28 +168,30 @@ def resolve_device(name: str) -> torch.device:
 
 
 def prepare_compiler(device: torch.device) -> None:
-    """Refuse torch.compile where it cannot work; keep what it compiles for the next run, in a folder of this user's.
+    """Refuse torch.compile where it cannot work, or would load what somebody else has put there.
 
-    torch's own choice is a name in /tmp that anyone could have taken first, and what lies there is loaded and run.
-    Where the environment names another folder, that is kept.
+    torch keeps what it has compiled for the next run, in a folder of a known name in /tmp, and loads what lies there.
+    It is made here, for this user alone. ``TORCHINDUCTOR_CACHE_DIR`` moves all but precompiled headers, ``TMPDIR`` all.
 
     Raises:
-        MaekitError: E-ENV-COMPILER on a CPU without a C++ compiler.
+        MaekitError: E-ENV-COMPILER on a CPU without a C++ compiler, and where that folder belongs to another user.
     """
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise MaekitError(
             "E-ENV-COMPILER", "setting compile", found="no C++ compiler", hint="apt-get install g++, or --no-compile"
         )
-    theirs = str(Path(tempfile.gettempdir()) / "torchinductor_")
-    if not os.environ.get(COMPILED, theirs).startswith(theirs):  # torch itself may have named its own
-        return
+    folder = Path(default_cache_dir())
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit" / "compiled"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or not to be written
-        os.environ[COMPILED] = tempfile.mkdtemp(prefix="maekit-compiled-")
-    else:
-        os.environ[COMPILED] = str(folder)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "a folder or link of another user")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise MaekitError(
+            "E-ENV-COMPILER", f"{folder}, where torch keeps compiled code", found=error.strerror or error,
+            expected="a folder of this user", hint="TMPDIR=A/FOLDER/OF/YOURS before the command, or --no-compile",
+        ) from error  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ the loop learn of a bad number, and finds the state of just before it (`maekit.t
 import contextlib
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ from maekit.seeds import seed_all
 from maekit.settings import Loop
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS, Best
-from maekit.train.device import COMPILED, World, circumstances, without_peer
+from maekit.train.device import World, circumstances, without_peer
 from maekit.train.guard import Guard
 from maekit.train.log import Log
 from maekit.train.memory import is_out_of_memory, next_smaller, out_of_memory
@@ -239,7 +238,7 @@ def fit(
     )
     with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals, saver:
         stopped = state.step >= stop and stop < schedule.total
-        if compiling and not stopped:
+        if compiling and state.step < stop:
             log.info("compiling the model, in the first step")
         for micro_batches in guard.batches(loader.steps, stop):
             at = state.step
@@ -258,10 +257,7 @@ def fit(
                 continue
             if compiling:
                 compiling = False
-                kept = os.environ.get(COMPILED, "no folder")
-                log.info(
-                    "compiled, first step done: %.0f s; kept for the next run in %s", time.monotonic() - began, kept
-                )
+                log.info("first step done, compiled: %.0f s since the start", time.monotonic() - began)
             saver.look()
             if due(state.step) and flush():
                 if records:
