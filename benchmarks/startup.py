@@ -3,8 +3,8 @@
 A tree of `--real` empty files is made below `--at` (a RAM disk by default) and listed; its times are scaled to
 `--images`, since they are proportional. What needs no files is measured in full on made-up names. Memory is what the
 columns of names hold, what this process takes at its peak above the imports, and what each loader process has of them
-for itself. With `--packed` a set of `maekit pack` is opened, in full: as many rows, of a pixel each, in files and row
-groups as those of images of 20 kB. Times are the processor's, of one thread: what a clock says on an idle machine with
+for itself. With `--packed` a set of `maekit pack` is opened, in full: as many rows, of few pixels each, in files and
+row groups as those of images of 20 kB. Times are the processor's, of one thread: what a clock says on an idle machine with
 a local disk.
 
     python benchmarks/startup.py [--images 1300000] [--real 130000] [--at /dev/shm] [--workers 4] [--packed] [--json]
@@ -75,7 +75,7 @@ def plant(root: Path, images: int) -> None:
 def plant_packed(root: Path, images: int) -> None:
     """Write files as `maekit pack` does, of 10,000 rows in groups of 50."""
     sink = io.BytesIO()
-    Image.new("L", (1, 1)).save(sink, "JPEG")
+    Image.new("L", (4, 4)).save(sink, "JPEG")
     for number, first in enumerate(range(0, images, IN_A_FILE)):
         rows = range(first, min(first + IN_A_FILE, images))
         labels = [row // IN_A_FOLDER for row in rows]

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as kind_of
 
@@ -262,22 +261,25 @@ def _packed_ids(paths: Sequence[Path], packed: Sequence[Packed | None], name: st
     if any(one is None or one.pixels != (packed[0] and packed[0].pixels) for one in packed):
         raise MaekitError("E-DATA-COLUMN", f"{name}", found="files that were packed in several ways, or not at all",
                           expected="those of one maekit pack")  # fmt: skip
-    columns = list[pa.ChunkedArray]()
     parts = {one.part for one in packed if one is not None}
-    for path, one in zip(paths, packed, strict=True):
-        with _from("E-DATA-COLUMN", f"cannot read the ids of {path}"):
-            column = _table(path, ["id"]).column(0)
-            column.validate(full=True)
-        if column.null_count or not (kind_of.is_string(column.type) or kind_of.is_large_string(column.type)):
-            raise MaekitError("E-DATA-COLUMN", f"ids of {path}", found="a row without text", expected="a name each")
-        column = column.cast(pa.large_string())
-        columns.append(pc.binary_join_element_wise(one.part, column, "/") if one and len(parts) > 1 else column)
-    whole = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string())
-    if pc.count_distinct(whole).as_py() < len(whole):
-        counts = pc.value_counts(whole)
-        twice = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()]
-        raise MaekitError("E-DATA-COLUMN", f"ids of {name}", found=f"{twice} twice", expected="each once")
-    return Names.of(column.to_pylist() for column in columns)
+    hashes = [np.empty(0, np.int64)]  # a set of all names would take more than the names
+
+    def of_files() -> Iterator[list[str]]:
+        for path, one in zip(paths, packed, strict=True):
+            with _from("E-DATA-COLUMN", f"cannot read the ids of {path}"):
+                found = _table(path, ["id"]).column(0).to_pylist()
+            if not all(type(each) is str for each in found):
+                raise MaekitError("E-DATA-COLUMN", f"ids of {path}", found="a row without text", expected="a name each")
+            ids = [f"{one.part}/{each}" for each in found] if one is not None and len(parts) > 1 else found
+            hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+            yield ids
+
+    names = Names.of(of_files())
+    if len(np.unique(np.concatenate(hashes))) < len(names):
+        each, count = Counter(names).most_common(1)[0]
+        if count > 1:
+            raise MaekitError("E-DATA-COLUMN", f"ids of {name}", found=f"{each} twice", expected="each once")
+    return names
 
 
 @contextlib.contextmanager

@@ -220,7 +220,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack items into a batch; "bad" becomes one list, "stop" (code and line of an error) stands alone.
 
     In a worker torch's `default_collate` stacks in shared memory at once, so pixels are not copied once more there.
-    Those of boxes that are still to be resized are: they follow one another in one dimension, as `resized_boxes` wants them.
+    Those of boxes that are still to be resized are: they follow one another in one dimension (`resized_boxes`).
     """
     if stops := [item["stop"] for item in items if "stop" in item]:
         return {"stop": stops[0]}
