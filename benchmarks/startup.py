@@ -4,8 +4,8 @@ A tree of `--real` empty files is made below `--at` (a RAM disk by default) and 
 `--images`, since they are proportional. What needs no files is measured in full on made-up names. Memory is what the
 columns of names hold, what this process takes at its peak above the imports, and what each loader process has of them
 for itself. With `--packed` a set of `maekit pack` is opened, in full: as many rows, of few pixels each, in files and
-row groups as those of images of 20 kB. Times are the processor's, of one thread: what a clock says on an idle machine with
-a local disk.
+row groups as those of images of 20 kB. Times are the processor's, of one thread: what a clock says on an idle machine
+with a local disk.
 
     python benchmarks/startup.py [--images 1300000] [--real 130000] [--at /dev/shm] [--workers 4] [--packed] [--json]
 """
