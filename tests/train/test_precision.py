@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from maekit.errors import MaekitError
 from maekit.model.mae import create_model
 from maekit.train.precision import (
-    FEW,
     LONGEST,
     attention,
     autocast,
@@ -42,8 +41,6 @@ def attended(inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 SHAPES = [
     (3, 2, 5, 5, 8),
-    (2, 2, 9, FEW, 8),
-    (2, 2, 9, FEW + 1, 8),
     (2, 3, 50, 50, 64),
     (70, 4, 65, 65, 16),
     (2, 2, 9, 17, 8),
@@ -65,10 +62,9 @@ def test_attention_and_its_gradients_are_as_exact_as_torchs(shape: tuple[int, ..
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own checker looks at it
-@pytest.mark.parametrize("seen", [FEW, FEW + 1])
-def test_the_operator_keeps_torchs_rules(seen: int) -> None:
+def test_the_operator_keeps_torchs_rules() -> None:
     """Shapes and strides that torch.compile is told are those that come out; gradients are registered."""
-    query, key, value = (part.detach().clone().requires_grad_() for part in parts(2, 2, 5, seen, 8))
+    query, key, value = (part.detach().clone().requires_grad_() for part in parts(2, 2, 5, 7, 8))
     torch.library.opcheck(attention, (query, key, value))
 
 

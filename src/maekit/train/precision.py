@@ -7,8 +7,7 @@ instructions. It does not measure: the same command has to choose alike on a bus
 torch's fused attention on a CPU has a backward pass that in bfloat16 takes six times as long as in float32 (PyTorch
 2.14.1: half of the step of a small model). Inside `autocast` on a CPU, `attention` takes its place: the same forward
 kernel, and a backward pass of matrix products with logits, softmax and sums in float32, as in FlashAttention-2 (arXiv
-2307.08691, section 3.1). It keeps nothing more than the fused one, and torch.compile takes it as it is. Of very few
-tokens the forward kernel runs in float32, too.
+2307.08691, section 3.1). It keeps nothing more than the fused one, and torch.compile takes it as it is.
 
 B images, H heads, T tokens, S tokens attended to, D width of a head.
 """
@@ -31,9 +30,6 @@ LEAST_WIDTH = 96
 28 px, patch 4). Below it a step is no matter of matrix products."""
 LONGEST = 256
 """Tokens attended to up to which `attention` was measured faster than the fused one; at 785 it is slower."""
-FEW = 8
-"""Tokens attended to up to which the forward kernel is faster in float32, casts and all: 1.3 to 2 times (PyTorch
-2.14.1, AVX512-BF16)."""
 LOGITS = 2**18
 """Logits that the backward pass has at a time: 1 MiB of float32, which stays in a core's cache."""
 
@@ -163,11 +159,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     Returns:
         (B, H, T, D), and (B, H, T) float32, the logarithm of each softmax's denominator.
     """
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if key.shape[2] > FEW:
-        return fused(query, key, value)
-    out, lse = fused(query.float(), key.float(), value.float())
-    return out.to(query.dtype), lse
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
 
 
 @attention.register_fake
