@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from maekit.data.augment import cut, enough, random_box, resized_boxes, resized_crop
+from maekit.data.augment import enough, left_to_device, random_box, resized_boxes, resized_crop
 from maekit.data.image import read_image
 from maekit.data.loader import Batch, Loader
 from maekit.data.workers import PREFETCH
@@ -218,7 +218,7 @@ def _ours(file: _File, size: int) -> Tensor:
 
 def _cut(file: _File, size: int) -> Tensor:
     """Return the box as it goes to the device, (H, W, 3)."""
-    return cut(read_image(file.data), file.box).permute(1, 2, 0).contiguous()
+    return left_to_device(read_image(file.data), file.box, (size, size)).permute(1, 2, 0).contiguous()
 
 
 def _scaled(file: _File, size: int) -> Tensor:

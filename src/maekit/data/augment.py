@@ -83,6 +83,12 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int,
     return resized(cut(image, box), size)
 
 
+def left_to_device(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+    """Cut a box (top, left, height, width) out of (C, H, W); one of more than `MOST_PIXELS` is resized to (C, *size)."""
+    few = box[2] * box[3] <= MOST_PIXELS * size[0] * size[1]
+    return cut(image, box) if few else resized_crop(image, box, size)
+
+
 def resized_boxes(
     pixels: Tensor, boxes: Sequence[tuple[int, int, int]], channels: int, size: tuple[int, int]
 ) -> Tensor:
@@ -262,9 +268,7 @@ class PretrainView:
     def __call__(self, image: Tensor) -> Tensor:
         """Return (C, *size), or what is to be resized to it."""
         if self.cut_only:
-            box = random_box(image.shape[-2], image.shape[-1], self.scale)
-            few = box[2] * box[3] <= MOST_PIXELS * self.size[0] * self.size[1]
-            image = cut(image, box) if few else resized_crop(image, box, self.size)
+            image = left_to_device(image, random_box(image.shape[-2], image.shape[-1], self.scale), self.size)
         elif self.crop == "random":
             image = random_crop(image, self.size, self.scale)
         elif self.crop == "fixed":
