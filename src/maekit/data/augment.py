@@ -84,7 +84,7 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: tuple[int,
 
 
 def left_to_device(image: Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
-    """Cut a box (top, left, height, width) out of (C, H, W); one of more than `MOST_PIXELS` is resized to (C, *size)."""
+    """Cut a box (top, left, height, width) out of (C, H, W); of more than `MOST_PIXELS` it is resized to (C, *size)."""
     few = box[2] * box[3] <= MOST_PIXELS * size[0] * size[1]
     return cut(image, box) if few else resized_crop(image, box, size)
 
