@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from maekit.data.columns import Names
-from maekit.data.source import FileSource, number, read_regular_file
+from maekit.data.source import FileSource, absent, number, read_regular_file
 from maekit.errors import MaekitError
 
 PARTS = {"train": re.compile(r"train(_?20\d\d)?\.json"), "val": re.compile(r"val(_?20\d\d)?\.json")}
 """Names of the annotations of a part, as train2018.json."""
 PET_LINE = re.compile(r"(\S+)_(\d+) (\d+) ([12]) (\d+)")
 """Name with number, class, species, breed: the README of Oxford-IIIT Pet."""
+PET_FIRST = re.compile(r"^(?!#).*\S.*$", re.MULTILINE)
+"""A line that is no comment: of a list of a million lines no more is looked at."""
 EXPECTED = "images, annotations and categories as iNaturalist's, one annotation an image"
 
 
@@ -89,11 +91,9 @@ def _check_files(path: Path, paths: list[str]) -> None:
     if len(set(paths)) < len(paths):
         again = next(name for name, times in Counter(paths).items() if times > 1)
         raise MaekitError("E-DATA-LIST", f"{path}", found=f"{again} twice", expected="each image once")
-    for name in paths:
-        if "\0" in name or not os.path.lexists(os.path.join(path.parent, name)):
-            raise MaekitError(
-                "E-DATA-LIST", f"{path}", found=f"no file {name}", expected=f"paths relative to {path.parent}"
-            )
+    if (at := next(absent(path.parent, paths), None)) is not None:
+        expected = f"paths relative to {path.parent}"
+        raise MaekitError("E-DATA-LIST", f"{path}", found=f"no file {paths[at]}", expected=expected)
 
 
 def open_pets(path: Path, text: str, name: str, *, classes: list[str] | None = None) -> FileSource | None:
@@ -102,10 +102,10 @@ def open_pets(path: Path, text: str, name: str, *, classes: list[str] | None = N
     Raises:
         MaekitError: E-DATA-LIST with the line, E-DATA-CLASSES.
     """
-    lines = [(at, line.strip()) for at, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"]
-    root = path.resolve().parent.parent
-    if not lines or PET_LINE.fullmatch(lines[0][1]) is None or not (root / "images").is_dir():
+    root, first = path.resolve().parent.parent, PET_FIRST.search(text)
+    if first is None or PET_LINE.fullmatch(first[0].strip()) is None or not (root / "images").is_dir():
         return None
+    lines = [(at, line.strip()) for at, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"]
     found: dict[str, str] = {}
     for at, line in lines:
         match = PET_LINE.fullmatch(line)

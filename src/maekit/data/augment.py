@@ -66,10 +66,17 @@ def resize_to_cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> Te
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (C, H, W) to (C, *size), bicubic with antialiasing: the pixels of torchvision's `resize`, sooner."""
+    """Resize (C, H, W) to (C, *size), bicubic with antialiasing: the pixels of torchvision's `resize`, sooner.
+
+    What lies in memory in (H, W, C) order, as decoders give it, stays so: reordered by torch it would take 1.4 times as
+    long.
+    """
     if image.shape[-2:] == size:
         return image
-    return interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
+    images = image[None]
+    if image.dtype == torch.uint8 and image.shape[0] > 1 and image.stride(0) == 1:  # without the gaps of a cut
+        images = images.contiguous(memory_format=torch.channels_last)
+    return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)[0]
 
 
 def cut(image: Tensor, box: tuple[int, int, int, int]) -> Tensor:

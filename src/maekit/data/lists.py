@@ -15,14 +15,15 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path, PurePath
 
 from maekit.data.annotations import open_pets
 from maekit.data.columns import Names
 from maekit.data.image import SUFFIXES
 from maekit.data.parquet import LABEL_COLUMNS
-from maekit.data.source import FileSource, in_order, number, read_regular_file
+from maekit.data.source import FileSource, absent, in_order, number, read_regular_file
 from maekit.data.targets import Form, columns_of, read_targets
 from maekit.errors import MaekitError
 
@@ -66,8 +67,8 @@ def open_list(
     if not lines:
         raise MaekitError("E-DATA-EMPTY", f"{path} lists no images")
     root, lines = _root(lines, path)
-    _check(lines, path, root, needs_label=form is None)
     lines.sort(key=lambda line: line[1])
+    _check(lines, path, root, needs_label=form is None)
     labels = known = targets = None
     if form is not None:
         cells = [found for *_, found in lines]
@@ -178,15 +179,15 @@ def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
     return found[0], [(number_, where.lstrip("/\\"), labels) for number_, where, labels in lines]
 
 
-def _check(lines: Iterable[Line], path: Path, root: Path, *, needs_label: bool) -> None:
-    """Refuse lines twice there, lines without a label beside lines with one, and files that do not exist."""
-    first, folder = dict[str, int](), str(root)
-    labelled = needs_label and any(labels[0] for *_, labels in lines)
-    for at, where, labels in lines:
-        if where in first:
-            raise _refuse(path, at, f"{where} again", f"each image once (line {first[where]})")
-        first[where] = at
-        if labelled and not labels[0]:
-            raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
-        if "\0" in where or not os.path.lexists(os.path.join(folder, where)):
-            raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")
+def _check(lines: list[Line], path: Path, root: Path, *, needs_label: bool) -> None:
+    """Refuse, of lines in the order of their paths, twins, lines without a label beside others, files not there."""
+    if needs_label and any(label for *_, (label,) in lines):
+        for at, where, (label,) in lines:
+            if not label:
+                raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
+    for (before, one, _), (at, where, _) in pairwise(lines):
+        if one == where:
+            raise _refuse(path, at, f"{where} again", f"each image once (line {before})")
+    if gone := [lines[place][:2] for place in absent(root, (where for _, where, _ in lines))]:
+        at, where = min(gone)
+        raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")

@@ -14,6 +14,9 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -217,6 +220,33 @@ def _sizes(root: str, keys: Iterable[str]) -> Iterator[int]:
             yield os.stat(os.path.join(root, key)).st_size
         except (OSError, ValueError):  # ValueError: a NUL byte in the name
             yield -1
+
+
+LISTED_FROM = 64
+"""Paths of one folder from which on the folder is listed, in place of asking for each: a third of the time."""
+
+
+def absent(root: str | Path, paths: Iterable[str]) -> Iterator[int]:
+    """Yield the places of those paths, which start from `root`, that name nothing there (or hold a NUL byte).
+
+    Sorted paths are quickest: each folder is listed once. What a listing lacks is asked for by itself, since there are
+    systems to which ``A.png`` is ``a.png``.
+    """
+    listed = lru_cache(maxsize=8)(_entries)
+    for folder, group in groupby(enumerate(paths), lambda one: one[1].rpartition("/")[0]):
+        here = os.path.join(root, folder)
+        first = list(islice(group, LISTED_FROM))
+        names = listed(here) if len(first) == LISTED_FROM and "\0" not in folder else frozenset[str]()
+        for at, path in chain(first, group):
+            if path.rpartition("/")[2] not in names and ("\0" in path or not os.path.lexists(os.path.join(root, path))):
+                yield at
+
+
+def _entries(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
 
 
 def changed(path: str) -> str:
