@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from maekit.data import parquet
-from maekit.data.source import MAX_FILE_BYTES, DatasetSource, FileSource, Source
+from maekit.data.source import MAX_FILE_BYTES, DatasetSource, FileSource, Source, absent
 from maekit.data.sources import hold_out, label_subset, open_source, other_files, parts_of
 from maekit.errors import MaekitError
 
@@ -582,3 +582,23 @@ def test_a_source_without_labels_has_no_label_subset() -> None:
 def test_a_builtin_part_and_all_of_it() -> None:
     assert [len(open_source("builtin:fashion", part)) for part in ("train", "val", None)] == [10_000, 2_000, 12_000]
     assert len(open_source("builtin:fashion", "train-or-all")) == 10_000
+
+
+@given(
+    folders=st.lists(st.sampled_from(["", "a/", "a/b/", "é/", "/nowhere/"]), min_size=1, max_size=200),
+    there=st.sets(st.integers(0, 99)),
+)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+def test_what_a_list_names_in_vain_is_found_as_by_asking_for_each(
+    tmp_path_factory: pytest.TempPathFactory, folders: list[str], there: set[int]
+) -> None:
+    """In folders of a hundred, which are listed, and in smaller ones; in any order; a NUL byte names nothing."""
+    root = tmp_path_factory.mktemp("named")
+    paths = [f"{folder}{i % 100}.png" for i, folder in enumerate(folders * 3)]
+    for folder in {"", "a/", "a/b/", "é/"}:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in there:
+            (root / folder / f"{i}.png").touch()
+    for asked in (paths, sorted(paths), [f"{folder}\0.png" for folder in folders]):
+        naive = [i for i, path in enumerate(asked) if "\0" in path or not os.path.lexists(os.path.join(root, path))]
+        assert list(absent(root, asked)) == naive

@@ -15,9 +15,14 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path, PurePath
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
 
 from maekit.data.annotations import open_pets
 from maekit.data.columns import Names
@@ -26,6 +31,8 @@ from maekit.data.parquet import LABEL_COLUMNS
 from maekit.data.source import FileSource, absent, in_order, number, read_regular_file
 from maekit.data.targets import Form, columns_of, read_targets
 from maekit.errors import MaekitError
+
+compute: Any = pyarrow.compute  # its functions are made when it is imported
 
 SUFFIX = (".txt", ".csv", ".tsv")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
@@ -61,28 +68,43 @@ def open_list(
     if is_txt and form is not None and label_column is not None:
         raise MaekitError("E-DATA-COLUMN", "setting label_column", found=f"{path}, which has no header",
                           expected="a .csv, .tsv or .parquet file")  # fmt: skip
-    columns, lines = (
-        (["label"], list(_txt(text, path))) if is_txt else _csv(text, path, image_column, label_column, form)
-    )
-    if not lines:
-        raise MaekitError("E-DATA-EMPTY", f"{path} lists no images")
-    root, lines = _root(lines, path)
-    lines.sort(key=lambda line: line[1])
-    _check(lines, path, root, needs_label=form is None)
+    stream = _stream(text, None if is_txt else "")
+    del text  # of a million lines, as much as all else
+    columns, lines = (["label"], _txt(stream, path)) if is_txt else _csv(stream, path, image_column, label_column, form)
+    root, at, paths, cells = _gathered(lines, path)
+    _check(at, paths, cells, path, root, needs_label=form is None)
     labels = known = targets = None
     if form is not None:
-        cells = [found for *_, found in lines]
-        targets = read_targets(
-            form, columns, cells, lambda at: f"{path} line {lines[at][0]}", known=classes, what=name
-        )  # fmt: skip
-    elif lines[0][2][0]:
-        names = [label for _, _, (label,) in lines]
+        targets = read_targets(form, columns, cells, lambda one: f"{path} line {at[one]}", known=classes, what=name)
+    elif cells[0][0]:
+        names = [label for (label,) in cells]
         labels, known = number(names, in_order(names), classes, name)
-    paths = Names.of(where for _, where, _ in lines)
     return FileSource(name, paths.readable, paths, labels, known, str(root), targets=targets)
 
 
-def _refuse(path: Path, line: int, found: str, expected: str | None = None) -> MaekitError:
+def _gathered(lines: Iterator[Line], path: Path) -> tuple[Path, np.ndarray, Names, list[tuple[str, ...]]]:
+    """Return the folder that the paths start from, and line numbers, paths and cells in the order of the paths.
+
+    No million lines are ever there as a list of Python's: that would take three times the memory.
+    """
+    first = next(lines, None)
+    if first is None:
+        raise MaekitError("E-DATA-EMPTY", f"{path} lists no images")
+    root, elsewhere = _root(first, path)
+    at, cells, once = array("q"), list[tuple[str, ...]](), dict[tuple[str, ...], tuple[str, ...]]()
+
+    def paths() -> Iterator[str]:
+        for number_, where, found in chain([first], lines):
+            at.append(number_)
+            cells.append(once.setdefault(found, found))  # a million lines name a thousand classes
+            yield where.lstrip("/\\") if elsewhere else where
+
+    names = Names.of(paths())
+    order = compute.sort_indices(names.arrow).to_numpy()  # of bytes of UTF-8: the order of the letters' numbers
+    return root, np.array(at)[order], names.take(order), [cells[one] for one in order]
+
+
+def _refuse(path: Path, line: int | np.integer, found: str, expected: str | None = None) -> MaekitError:
     return MaekitError("E-DATA-LIST", f"{path} line {line}", found=found, expected=expected)
 
 
@@ -91,37 +113,43 @@ def _stream(text: str, newline: str | None) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline=newline)
 
 
-def _txt(text: str, path: Path) -> Iterator[Line]:
+def _txt(stream: Iterable[str], path: Path) -> Iterator[Line]:
     """Yield the lines of a .txt."""
-    once: dict[str, tuple[str]] = {}  # a million lines name a thousand classes
-    for at, line in enumerate(_stream(text, None), 1):
-        if not line.strip():
+    for at, line in enumerate(map(str.strip, stream), 1):
+        if not line:
             continue
-        match = _TXT_LINE.fullmatch(line.strip())
+        match = _TXT_LINE.fullmatch(line)
         if match is None:
             raise _refuse(path, at, repr(line), "an image's path, then its label if it has one")
-        label = (match[2] or "").strip()
-        yield at, os.path.normpath(match[1]), once.setdefault(label, (label,))
+        yield at, os.path.normpath(match[1]), ((match[2] or "").strip(),)
 
 
 def _csv(
-    text: str, path: Path, image_column: str | None, label_column: str | None, form: Form | None
-) -> tuple[list[str], list[Line]]:
+    stream: Iterable[str], path: Path, image_column: str | None, label_column: str | None, form: Form | None
+) -> tuple[list[str], Iterator[Line]]:
     """Return the names of the label columns and the lines of a .csv or .tsv, with or without a header."""
-    reader = csv.reader(_stream(text, ""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    where, labels, lines, once = 0, {"label": 1}, list[Line](), dict[tuple[str, ...], tuple[str, ...]]()
+    rows = _rows(stream, path)
+    first, header = next(rows, None), None
+    if first is not None and first[0] == 1:
+        header = _header(first[1], path, image_column, label_column, form)
+    if first is not None and header is None:
+        rows = chain([first], rows)
+    where, labels = header or (0, {"label": 1})
+    return list(labels), (
+        (at, _path_cell(cells, where, path, at), tuple(_cell(cells, place) for place in labels.values()) or ("",))
+        for at, cells in rows
+        if any(cell.strip() for cell in cells)
+    )
+
+
+def _rows(stream: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row, and the number of the line that it ends with."""
+    reader = csv.reader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
         for cells in reader:
-            if reader.line_num == 1 and (header := _header(cells, path, image_column, label_column, form)) is not None:
-                where, labels = header
-                continue
-            if any(cell.strip() for cell in cells):
-                found = tuple(_cell(cells, place) for place in labels.values()) or ("",)
-                found = once.setdefault(found, found)
-                lines.append((reader.line_num, _path_cell(cells, where, path, reader.line_num), found))
+            yield reader.line_num, cells
     except csv.Error as error:
         raise _refuse(path, reader.line_num, str(error), "comma or tab separated values") from error
-    return list(labels), lines
 
 
 def _header(
@@ -153,20 +181,20 @@ def _cell(cells: list[str], at: int) -> str:
 
 def _path_cell(cells: list[str], at: int, path: Path, line: int) -> str:
     value = _cell(cells, at)
-    if PurePath(value).suffix.lower() not in SUFFIXES:
+    if os.path.splitext(value)[1].lower() not in SUFFIXES:
         raise _refuse(path, line, repr(",".join(cells)), "path,label with the path of an image, or a header path,label")
     return os.path.normpath(value)
 
 
-def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
-    """Return the folder that the paths start from, and the lines with paths from there.
+def _root(line: Line, path: Path) -> tuple[Path, bool]:
+    """Return the folder that the paths start from, and whether they are spelled as from elsewhere, with / before.
 
     It is the list's own; or, where the first image is not there, the one folder beside the list in which it is.
     """
-    at, first, _ = lines[0]
+    at, first, _ = line
     here = path.parent
     if "\0" in first or os.path.lexists(here / first):
-        return here, lines
+        return here, False
     inside = first.lstrip("/\\")
     found = [one for one in sorted(here.iterdir()) if one.is_dir() and os.path.lexists(one / inside)]
     if os.path.lexists(here / inside):
@@ -174,20 +202,23 @@ def _root(lines: list[Line], path: Path) -> tuple[Path, list[Line]]:
     if len(found) > 1:
         names = ", ".join(one.name for one in found[:5])
         raise _refuse(path, at, f"{inside} in {names}", "the image in one folder beside the list")
-    if not found:
-        return here, lines
-    return found[0], [(number_, where.lstrip("/\\"), labels) for number_, where, labels in lines]
+    return (found[0], True) if found else (here, False)
 
 
-def _check(lines: list[Line], path: Path, root: Path, *, needs_label: bool) -> None:
+def _check(
+    at: np.ndarray, paths: Names, cells: list[tuple[str, ...]], path: Path, root: Path, *, needs_label: bool
+) -> None:
     """Refuse, of lines in the order of their paths, twins, lines without a label beside others, files not there."""
-    if needs_label and any(label for *_, (label,) in lines):
-        for at, where, (label,) in lines:
-            if not label:
-                raise _refuse(path, at, f"no label for {where}", "a label on every line or on none")
-    for (before, one, _), (at, where, _) in pairwise(lines):
-        if one == where:
-            raise _refuse(path, at, f"{where} again", f"each image once (line {before})")
-    if gone := [lines[place][:2] for place in absent(root, (where for _, where, _ in lines))]:
-        at, where = min(gone)
-        raise _refuse(path, at, f"no file {where}", f"a path relative to {root}")
+    if (
+        needs_label
+        and any(label for (label,) in cells)
+        and (bare := [i for i, (label,) in enumerate(cells) if not label])
+    ):
+        one = min(bare, key=at.__getitem__)
+        raise _refuse(path, at[one], f"no label for {paths[one]}", "a label on every line or on none")
+    for one, (before, where) in enumerate(pairwise(paths)):
+        if before == where:
+            raise _refuse(path, at[one + 1], f"{where} again", f"each image once (line {at[one]})")
+    if gone := list(absent(root, paths)):
+        one = min(gone, key=at.__getitem__)
+        raise _refuse(path, at[one], f"no file {paths[one]}", f"a path relative to {root}")

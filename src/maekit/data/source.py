@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -232,13 +233,15 @@ def absent(root: str | Path, paths: Iterable[str]) -> Iterator[int]:
     Sorted paths are quickest: each folder is listed once. What a listing lacks is asked for by itself, since there are
     systems to which ``A.png`` is ``a.png``.
     """
-    listed = lru_cache(maxsize=8)(_entries)
-    for folder, group in groupby(enumerate(paths), lambda one: one[1].rpartition("/")[0]):
-        here = os.path.join(root, folder)
+    listed, at = lru_cache(maxsize=8)(_entries), -1
+    for folder, group in groupby((path.rpartition("/") for path in paths), itemgetter(0)):
         first = list(islice(group, LISTED_FROM))
-        names = listed(here) if len(first) == LISTED_FROM and "\0" not in folder else frozenset[str]()
-        for at, path in chain(first, group):
-            if path.rpartition("/")[2] not in names and ("\0" in path or not os.path.lexists(os.path.join(root, path))):
+        here = folder + first[0][1]
+        whole = os.path.join(root, here)
+        names = listed(whole) if len(first) == LISTED_FROM and "\0" not in here else frozenset[str]()
+        for _, _, name in chain(first, group):
+            at += 1
+            if name not in names and ("\0" in here + name or not os.path.lexists(os.path.join(whole, name))):
                 yield at
 
 
