@@ -5,9 +5,10 @@ bfloat16 pays differs by a factor of fifty between machines, so `resolve_precisi
 instructions. It does not measure: the same command has to choose alike on a busy machine. ``maekit bench`` does.
 
 torch's fused attention on a CPU has a backward pass that in bfloat16 takes six times as long as in float32 (PyTorch
-2.14.1: half of the step of a small model). Inside `autocast` on a CPU, `attention` takes its place: the same forward
-kernel, and a backward pass of matrix products with logits, softmax and sums in float32, as in FlashAttention-2 (arXiv
-2307.08691, section 3.1). It keeps nothing more than the fused one, and torch.compile takes it as it is.
+2.14.1: half of the step of a small model), and its forward pass takes twice as long as the products that it is made of.
+Inside `autocast` on a CPU, `attention` takes its place: matrix products, a few heads at a time so that logits stay in
+the cache, as FlashAttention does by tiles (arXiv 2205.14135, section 3.1). Logits, softmax and sums are float32, so
+that gradients are more exact than the fused one's. It keeps query, key and value, and torch.compile takes it as it is.
 
 B images, H heads, T tokens, S tokens attended to, D width of a head.
 """
@@ -28,10 +29,13 @@ log = logging.getLogger("maekit")
 LEAST_WIDTH = 96
 """Encoder width from which bfloat16 is taken on a CPU that has it: there a step was 1.5 times as fast (AVX512-BF16,
 28 px, patch 4). Below it a step is no matter of matrix products."""
-LONGEST = 256
-"""Tokens attended to up to which `attention` was measured faster than the fused one; at 785 it is slower."""
-LOGITS = 2**18
-"""Logits that the backward pass has at a time: 1 MiB of float32, which stays in a core's cache."""
+LONGEST = 577
+"""Tokens attended to (384 px in patches of 16) up to which `attention` was measured faster than the fused one; at 785
+it is by one thread, and not by two."""
+LOGITS = 2**19
+"""Logits that there are at a time for each thread, or those of one head: 2 MiB of float32, about a core's cache."""
+FEWEST = 16
+"""Logits of a token from which on torch's softmax is the faster one: it goes by vectors of 16 numbers."""
 
 
 def resolve_precision(name: str, device: torch.device, width: int) -> str:
@@ -109,6 +113,7 @@ def kept_casts(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+_mkldnn: Any = torch.backends.mkldnn
 _torchs = F.scaled_dot_product_attention
 
 
@@ -129,7 +134,7 @@ def own_attention() -> Iterator[None]:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_ours(query, key, value, *args, **kwargs):
-        return attention(query, key, value)[0]
+        return attention(query, key, value)
     return _torchs(query, key, value, *args, **kwargs)
 
 
@@ -148,51 +153,49 @@ def _is_ours(
 
 
 @torch.library.custom_op("maekit::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend: softmax(query key^T / sqrt(D)) value, on a CPU.
 
     Args:
-        query: (B, H, T, D).
-        key: (B, H, S, D).
-        value: (B, H, S, D).
+        query: (B, H, T, D) bfloat16.
+        key: (B, H, S, D) bfloat16.
+        value: (B, H, S, D) bfloat16.
 
     Returns:
-        (B, H, T, D), and (B, H, T) float32, the logarithm of each softmax's denominator.
+        (B, H, T, D).
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    out = _like(query)
+    with torch.autocast("cpu", enabled=False):  # which would go on inside and round logits to bfloat16
+        for part in _parts(query, key):
+            q, k, v = (x[part].flatten(0, 1) for x in (query, key, value))
+            out[part] = torch.bmm(_softmax(_in_float32(q, k)).to(v.dtype), v).view_as(out[part])
+    return out
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    b, h, t, d = query.shape
-    lse = query.new_empty((b, t, h), dtype=torch.float32)
-    return query.new_empty((b, t, h, d)).transpose(1, 2), lse.transpose(1, 2)
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _like(query)
 
 
 @torch.library.custom_op("maekit::attention_backward", mutates_args=())
-def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value; logits are computed again, some images at a time."""
-    scale = query.shape[-1] ** -0.5
+def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value; logits are computed again."""
     grads = _like(query), _like(key), _like(value)
-    images = max(1, LOGITS // (query.shape[1] * query.shape[2] * key.shape[2]))
-    for start in range(0, len(query), images):
-        part = slice(start, start + images)
-        g, q, k, v, o, denominator = (x[part].flatten(0, 1) for x in (grad, query, key, value, out, lse))
-        p = torch.baddbmm(denominator[..., None], q.float(), k.float().mT, beta=-1, alpha=scale).exp_()
-        grad_v = torch.bmm(p.to(g.dtype).mT, g)
-        inner = torch.bmm(g, v.mT) - (g.float() * o).sum(-1, keepdim=True)
-        s = p.mul_(inner).mul_(scale).to(g.dtype)
-        for whole, one in zip(grads, (torch.bmm(s, k), torch.bmm(s.mT, q), grad_v), strict=True):
-            whole[part] = one.unflatten(0, (-1, whole.shape[1]))
+    with torch.autocast("cpu", enabled=False):
+        for part in _parts(query, key):
+            g, q, k, v = (x[part].flatten(0, 1) for x in (grad, query, key, value))
+            p = _softmax(_in_float32(q, k))
+            s = _in_float32(g, v).mul_(p)
+            s = s.addcmul_(p, s.sum(-1, keepdim=True), value=-1).to(g.dtype)
+            for whole, one in zip(
+                grads, (torch.bmm(s, k), torch.bmm(s.mT, q), torch.bmm(p.to(g.dtype).mT, g)), strict=True
+            ):
+                whole[part] = one.view_as(whole[part])
     return grads
 
 
 @attention_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _like(query), _like(key), _like(value)
 
 
@@ -202,11 +205,44 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty((b, t, h, d)).transpose(1, 2)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield images and heads, as many as have `LOGITS` for each thread: whole images, or some heads of one."""
+    batch, all_heads, tokens, _ = query.shape
+    heads = max(1, torch.get_num_threads() * LOGITS // (tokens * key.shape[2]))
+    images = max(1, heads // all_heads)
+    for image in range(0, batch, images):
+        for head in range(0, all_heads, heads):
+            yield slice(image, image + images), slice(head, head + heads)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T / sqrt(D), of bfloat16, in float32.
+
+    The numbers are bfloat16's still, so a product by a processor's instructions for them, which sum in float32, loses
+    nothing; torch gives it away only as a faster way to multiply what is float32 (PyTorch 2.14.1).
+    """
+    setting = _mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        return torch.bmm(a.float(), b.float().mT).mul_(a.shape[-1] ** -0.5)
+    finally:
+        setting.fp32_precision = before
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Return the softmax over the last dimension; `logits` may be overwritten."""
+    if logits.shape[-1] >= FEWEST:
+        return logits.softmax(-1)
+    p = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    return p.div_(p.sum(-1, keepdim=True))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward(grad, *ctx.saved_tensors)
 
 
