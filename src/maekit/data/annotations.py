@@ -24,7 +24,7 @@ PARTS = {"train": re.compile(r"train(_?20\d\d)?\.json"), "val": re.compile(r"val
 """Names of the annotations of a part, as train2018.json."""
 PET_LINE = re.compile(r"(\S+)_(\d+) (\d+) ([12]) (\d+)")
 """Name with number, class, species, breed: the README of Oxford-IIIT Pet."""
-PET_FIRST = re.compile(r"^(?!#).*\S.*$", re.MULTILINE)
+PET_FIRST = re.compile(r"(?:^|(?<=\r))(?!#)[^\r\n]*\S[^\r\n]*", re.MULTILINE)
 """A line that is no comment: of a list of a million lines no more is looked at."""
 EXPECTED = "images, annotations and categories as iNaturalist's, one annotation an image"
 

@@ -75,7 +75,7 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     images = image[None]
     if image.dtype == torch.uint8 and image.shape[0] > 1 and image.stride(0) == 1:  # without the gaps of a cut
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)[0]
 
 

@@ -217,7 +217,7 @@ def _no_memory(name: str) -> MaekitError:
 
 
 def _stacked(images: list[Tensor]) -> Tensor:
-    if images[0].dtype != torch.uint8:
+    if images[0].dtype != torch.uint8 or images[0].is_contiguous():
         return default_collate(images)
     return default_collate([image.movedim(-3, -1) for image in images]).movedim(-1, -3)
 
@@ -226,7 +226,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack items into a batch; "bad" becomes one list, "stop" (code and line of an error) stands alone.
 
     In a worker torch's `default_collate` stacks in shared memory at once, so pixels are not copied once more there.
-    Pictures lie there in (B, H, W, C) order, as they were decoded: a copy into another order takes ten times as long.
+    Pictures that were decoded in (H, W, C) order lie there in that order: another one would take ten times as long.
     Those of boxes that are still to be resized are: they follow one another in one dimension (`resized_boxes`).
     """
     if stops := [item["stop"] for item in items if "stop" in item]:

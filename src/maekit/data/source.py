@@ -223,7 +223,7 @@ def _sizes(root: str, keys: Iterable[str]) -> Iterator[int]:
             yield -1
 
 
-LISTED_FROM = 64
+LISTED_FROM = 500
 """Paths of one folder from which on the folder is listed, in place of asking for each: a third of the time."""
 
 
@@ -233,22 +233,21 @@ def absent(root: str | Path, paths: Iterable[str]) -> Iterator[int]:
     Sorted paths are quickest: each folder is listed once. What a listing lacks is asked for by itself, since there are
     systems to which ``A.png`` is ``a.png``.
     """
-    listed, at = lru_cache(maxsize=8)(_entries), -1
-    for folder, group in groupby((path.rpartition("/") for path in paths), itemgetter(0)):
+    listed, at = lru_cache(maxsize=2)(_entries), -1
+    for folder, group in groupby(((path[: (cut := path.rfind("/") + 1)], path[cut:]) for path in paths), itemgetter(0)):
         first = list(islice(group, LISTED_FROM))
-        here = folder + first[0][1]
-        whole = os.path.join(root, here)
-        names = listed(whole) if len(first) == LISTED_FROM and "\0" not in here else frozenset[str]()
-        for _, _, name in chain(first, group):
+        whole = os.path.join(root, folder)
+        names = listed(whole) if len(first) == LISTED_FROM and "\0" not in folder else frozenset[str]()
+        for _, name in chain(first, group):
             at += 1
-            if name not in names and ("\0" in here + name or not os.path.lexists(os.path.join(whole, name))):
+            if name not in names and ("\0" in folder + name or not os.path.lexists(os.path.join(whole, name))):
                 yield at
 
 
 def _entries(folder: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that the system's encoding cannot spell
         return frozenset()
 
 

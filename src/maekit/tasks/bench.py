@@ -297,7 +297,7 @@ def _memory(settings: Bench) -> Result:
     own = {"maekit": job("maekit"), _named(anew): job("maekit", anew)}
     peers = [name for name in settings.vs or [] if name.partition(":")[0] != "timm-forward"]
     for name in peers:
-        peer(name, model, settings.mask_ratio, precision, torch.device("cpu"))  # refused before anything is measured
+        peer(name, model, settings.mask_ratio, precision, device)  # refused before anything is measured
     found: dict[str, Held] = {name: held(one) for name, one in (own | {name: job(name) for name in peers}).items()}
     base = found[peers[0] if peers else "maekit"]
     against = peers[0] if peers else "maekit"

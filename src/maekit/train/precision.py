@@ -15,6 +15,7 @@ B images, H heads, T tokens, S tokens attended to, D width of a head.
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,8 @@ LONGEST = 577
 """Tokens attended to (384 px in patches of 16) up to which `attention` was measured faster than the fused one; at 785
 it is by one thread, and not by two."""
 LOGITS = 2**19
-"""Logits that there are at a time for each thread, or those of one head: 2 MiB of float32, about a core's cache."""
+"""Logits that there are at a time for each of up to 8 threads, or those of one head: 2 MiB of float32, about a core's
+cache."""
 FEWEST = 16
 """Logits of a token from which on torch's softmax is the faster one: it goes by vectors of 16 numbers."""
 
@@ -114,6 +116,7 @@ def kept_casts(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 _mkldnn: Any = torch.backends.mkldnn
+_one_at_a_time = threading.Lock()
 _torchs = F.scaled_dot_product_attention
 
 
@@ -149,7 +152,9 @@ def _is_ours(
 ) -> bool:
     plain = attn_mask is None and not dropout_p and not is_causal and not any(others.values())
     learns = torch.is_grad_enabled() and query.requires_grad
-    return plain and learns and query.ndim == 4 and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
+    usual = query.ndim == 4 and query.shape[-1] == value.shape[-1] and min(query.shape[2], key.shape[2]) > 0
+    in_bf16 = query.dtype == key.dtype == value.dtype == torch.bfloat16
+    return plain and learns and usual and in_bf16 and key.shape[2] <= LONGEST
 
 
 @torch.library.custom_op("maekit::attention", mutates_args=())
@@ -208,7 +213,7 @@ def _like(tensor: Tensor) -> Tensor:
 def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield images and heads, as many as have `LOGITS` for each thread: whole images, or some heads of one."""
     batch, all_heads, tokens, _ = query.shape
-    heads = max(1, torch.get_num_threads() * LOGITS // (tokens * key.shape[2]))
+    heads = max(1, min(torch.get_num_threads(), 8) * LOGITS // (tokens * key.shape[2]))
     images = max(1, heads // all_heads)
     for image in range(0, batch, images):
         for head in range(0, all_heads, heads):
@@ -219,15 +224,17 @@ def _in_float32(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T / sqrt(D), of bfloat16, in float32.
 
     The numbers are bfloat16's still, so a product by a processor's instructions for them, which sum in float32, loses
-    nothing; torch gives it away only as a faster way to multiply what is float32 (PyTorch 2.14.1).
+    nothing; torch gives it away only as a faster way to multiply what is float32 (PyTorch 2.14.1). That is a setting of
+    the whole process: what another thread multiplies meanwhile in float32 may be rounded.
     """
     setting = _mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        return torch.bmm(a.float(), b.float().mT).mul_(a.shape[-1] ** -0.5)
-    finally:
-        setting.fp32_precision = before
+    with _one_at_a_time:
+        before = setting.fp32_precision
+        try:
+            setting.fp32_precision = "bf16"
+            return torch.bmm(a.float(), b.float().mT).mul_(a.shape[-1] ** -0.5)
+        finally:
+            setting.fp32_precision = before
 
 
 def _softmax(logits: Tensor) -> Tensor:
