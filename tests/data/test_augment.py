@@ -20,6 +20,7 @@ from maekit.data.augment import (
     ProbeView,
     clamped_box,
     clamped_crop,
+    cut,
     default_crop_pct,
     eval_view,
     random_box,
@@ -71,6 +72,15 @@ def test_boxes_resized_together_in_floats_are_those_of_the_loader(channels: int)
     in_floats = torch.stack([resized(box.float() / 255, size) for box in boxes])
     arrays = [(tall, wide, 0) for tall, wide, _ in said]
     assert torch.allclose(resized_boxes(flat / 255, arrays, channels, size), in_floats, atol=1e-6)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 60, 70), (5, 0, 40, 70), (3, 4, 50, 31)])
+def test_pixels_stay_in_the_order_in_which_they_were_decoded(box: tuple[int, int, int, int]) -> None:
+    """Whole, of all columns, cut on all sides: the same pixels as of planes, and no copy is left to whoever stacks."""
+    pixels = torch.randint(0, 256, (60, 70, 3), dtype=torch.uint8).permute(2, 0, 1)
+    found, planes = (resized(cut(image, box), (24, 32)) for image in (pixels, pixels.contiguous()))
+    assert torch.equal(found, planes) and planes.is_contiguous()
+    assert found.permute(1, 2, 0).is_contiguous()
 
 
 def test_a_box_of_many_pixels_is_resized_before_it_is_handed_over() -> None:

@@ -126,14 +126,26 @@ def peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, 
         MaekitError: E-CONFIG-PEER for an unknown one, or one that has no model like this; E-ENV-IMPORT if it is not
             installed; E-ENV-PRECISION.
     """
+    model, loss, precision = _built(name, ours, mask_ratio, precision, device)
+    return Contender(name, model.to(device).train(), loss, precision, trains=not name.startswith("timm-forward"))
+
+
+def check_peer(name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, device: torch.device) -> None:
+    """Refuse what `peer` refuses; nothing comes to the device."""
+    _built(name, ours, mask_ratio, precision, device)
+
+
+def _built(
+    name: str, ours: MaskedAutoencoder, mask_ratio: float, precision: str, device: torch.device
+) -> tuple[nn.Module, Callable[[Tensor], Tensor], str]:
+    """Return a peer's model in main memory, its loss and its precision; see `peer`."""
     builders = {"transformers": _transformers, "timm-forward": _timm_forward, "lightly": _lightly}
     who, colon, at = name.partition(":")
     if who not in builders or (colon and at not in PRECISIONS):
         expected = f"{', '.join(builders)}; with :{', :'.join(PRECISIONS)} for a precision of its own"
         raise MaekitError("E-CONFIG-PEER", "setting vs", found=name, expected=expected)
     precision = resolve_precision(at, device, ours.encoder.embed_dim) if at else precision
-    model, loss = builders[who](ours, mask_ratio)
-    return Contender(name, model.to(device).train(), loss, precision, trains=who != "timm-forward")
+    return *builders[who](ours, mask_ratio), precision
 
 
 def peer_versions(names: Iterable[str]) -> dict[str, str]:

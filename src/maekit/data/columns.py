@@ -18,8 +18,11 @@ from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 T = TypeVar("T")
+compute: Any = pyarrow.compute
+"""Its functions are made when it is imported, and unknown to a type checker."""
 
 SENT = 2**16
 """Bytes up to which a column is simply sent."""
@@ -208,6 +211,10 @@ class Names(Column[str]):
             return raw.cast(pa.large_string())
         except pa.ArrowInvalid:
             return pa.array(self, pa.large_string())
+
+    def order(self) -> np.ndarray:
+        """Return the places of the names as they sort, of equal ones the first first; of UTF-8, as Python sorts."""
+        return compute.sort_indices(Names(self._text, self._ends).arrow).to_numpy()
 
     def __len__(self) -> int:
         return len(self._ends.array) - 1

@@ -19,10 +19,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.compute
 
 from maekit.data.annotations import open_pets
 from maekit.data.columns import Names
@@ -31,8 +29,6 @@ from maekit.data.parquet import LABEL_COLUMNS
 from maekit.data.source import FileSource, absent, in_order, number, read_regular_file
 from maekit.data.targets import Form, columns_of, read_targets
 from maekit.errors import MaekitError
-
-compute: Any = pyarrow.compute  # its functions are made when it is imported
 
 SUFFIX = (".txt", ".csv", ".tsv")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path")
@@ -100,7 +96,7 @@ def _gathered(lines: Iterator[Line], path: Path) -> tuple[Path, np.ndarray, Name
             yield where.lstrip("/\\") if elsewhere else where
 
     names = Names.of(paths())
-    order = compute.sort_indices(names.arrow).to_numpy()  # of bytes of UTF-8: the order of the letters' numbers
+    order = names.order()
     return root, np.array(at)[order], names.take(order), [cells[one] for one in order]
 
 
@@ -209,11 +205,8 @@ def _check(
     at: np.ndarray, paths: Names, cells: list[tuple[str, ...]], path: Path, root: Path, *, needs_label: bool
 ) -> None:
     """Refuse, of lines in the order of their paths, twins, lines without a label beside others, files not there."""
-    if (
-        needs_label
-        and any(label for (label,) in cells)
-        and (bare := [i for i, (label,) in enumerate(cells) if not label])
-    ):
+    bare = [i for i, (label, *_) in enumerate(cells) if not label] if needs_label else []
+    if 0 < len(bare) < len(cells):
         one = min(bare, key=at.__getitem__)
         raise _refuse(path, at[one], f"no label for {paths[one]}", "a label on every line or on none")
     for one, (before, where) in enumerate(pairwise(paths)):

@@ -16,19 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from maekit.data.columns import Names, Numbers
+from maekit.data.columns import Names, Numbers, compute
 from maekit.data.masks import Masks
 from maekit.data.parquet import ParquetSource
 from maekit.data.pixels import PixelSource
 from maekit.data.source import Source, read_regular_file
 from maekit.errors import MaekitError
-
-compute: Any = pyarrow.compute
-"""Its functions are made when it is imported, and unknown to a type checker."""
 
 FILE = "data.parquet"
 SCHEMA = pa.schema(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
-from maekit.bench.contenders import Contender, ours, peer, peer_versions, turns
+from maekit.bench.contenders import Contender, check_peer, ours, peer, peer_versions, turns
 from maekit.bench.data import decode_rates, loader_rates, workers_needed
 from maekit.bench.machine import describe, layer_in_fp32_over_bf16, peak, wait
 from maekit.bench.memory import Held, Job, held
@@ -297,7 +297,7 @@ def _memory(settings: Bench) -> Result:
     own = {"maekit": job("maekit"), _named(anew): job("maekit", anew)}
     peers = [name for name in settings.vs or [] if name.partition(":")[0] != "timm-forward"]
     for name in peers:
-        peer(name, model, settings.mask_ratio, precision, device)  # refused before anything is measured
+        check_peer(name, model, settings.mask_ratio, precision, device)  # before anything is measured
     found: dict[str, Held] = {name: held(one) for name, one in (own | {name: job(name) for name in peers}).items()}
     base = found[peers[0] if peers else "maekit"]
     against = peers[0] if peers else "maekit"
