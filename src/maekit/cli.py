@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import traceback
 import types
@@ -26,7 +25,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from maekit import __version__, config, floors, recipes, settings
+from maekit import __version__, config, floors, recipes, settings, signals
 from maekit.errors import MaekitError, clean
 from maekit.recipes import cost, tables
 from maekit.tasks import Result
@@ -271,9 +270,9 @@ class Line:
 
 def command() -> NoReturn:
     """Be the process of a command: once its exit code is known, a signal to stop it changes that no more."""
+    signals.of_command()
     code = main()
-    for kind in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-        signal.signal(kind, signal.SIG_IGN)
+    signals.settled()
     sys.exit(code)
 
 
@@ -288,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, debug = "--json" in options, "--debug" in options
     with _messages_on_stderr(debug):
         try:
-            code = _print_result(_done(words, own_process=argv is None), as_json)
+            code = _print_result(_done(words), as_json)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
@@ -308,14 +307,12 @@ def clean_word(word: str) -> str:
     return name.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", name) else word
 
 
-def _done(words: list[str], *, own_process: bool) -> Result:
-    """Run; what it came to is decided then, and a signal that comes while the process ends changes it no more."""
+def _done(words: list[str]) -> Result:
+    """Run; what it came to is decided then, and a signal that comes while it is printed changes it no more."""
     try:
         return _run(words)
     finally:
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1") if own_process else ():
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signals.settled()
 
 
 def _run(words: list[str]) -> Result:

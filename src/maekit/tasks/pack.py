@@ -35,11 +35,11 @@ from maekit.errors import MaekitError
 from maekit.failpoints import reach
 from maekit.report.files import write_whole
 from maekit.settings import Pack
+from maekit.signals import Noted, noting
 from maekit.tasks import Result
 from maekit.tasks.feature_cache import changes_of
 from maekit.tasks.run_folder import LOCK, alone, outside, typed
 from maekit.tasks.streamed import Progress, full_disk_stops, stopped_after
-from maekit.train.loop import Signals
 
 log = logging.getLogger("maekit")
 
@@ -153,7 +153,7 @@ def pack(settings: Pack | dict[str, Any]) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
-    with alone(folder), Signals("stopping") as signals, _one_thread():
+    with alone(folder), noting("stopping") as signals, _one_thread():
         try:
             with full_disk_stops(out, lambda: any(folder.glob("*.parquet"))):
                 return _packed(settings, job, folder, out, signals)
@@ -338,7 +338,7 @@ def _room(job: Job, folder: Path, there: int) -> None:
 # ------------------------------------------------------------------------------------------------------ packing
 
 
-def _packed(settings: Pack, job: Job, folder: Path, out: Path, signals: Signals) -> Result:
+def _packed(settings: Pack, job: Job, folder: Path, out: Path, signals: Noted) -> Result:
     """Write the shards that are missing; give the folder its name when all are there."""
     if (known := _read(folder / FILE, result=dict)) is not None:  # killed just before the end
         _same(folder, known["about"], job.about)
@@ -365,7 +365,7 @@ def _packed(settings: Pack, job: Job, folder: Path, out: Path, signals: Signals)
 
 
 def _write_missing(
-    job: Job, folder: Path, records: dict[int, dict[str, Any]], bad: BadImages, progress: Progress, signals: Signals,
+    job: Job, folder: Path, records: dict[int, dict[str, Any]], bad: BadImages, progress: Progress, signals: Noted,
     threads: int,
 ) -> bool:  # fmt: skip
     """Write what is missing and note it in `records`; return whether it came to the end.
@@ -401,7 +401,7 @@ def _write_missing(
 
 
 def _made(
-    job: Job, shard: Shard, pool: ThreadPoolExecutor, bad: BadImages, progress: Progress, signals: Signals
+    job: Job, shard: Shard, pool: ThreadPoolExecutor, bad: BadImages, progress: Progress, signals: Noted
 ) -> tuple[list[tuple[int, Piece]], dict[str, Any]]:
     """Pack the images of a shard; return those that can be read with their indices, and what is said of the shard.
 

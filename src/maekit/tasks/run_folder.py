@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import signal
 import socket
 import time
 import uuid
@@ -29,6 +28,7 @@ from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Loop, Place, Settings
+from maekit.signals import ending
 from maekit.tasks import Result
 from maekit.train import checkpoint
 
@@ -165,7 +165,7 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         look = f"; the report: {report.resolve()}" if report.exists() else ""
         return Result(run.result, f"{run.path} is finished: nothing to do{look}")
     try:
-        with alone(run.path), _signals_interrupt():
+        with alone(run.path), ending():
             return work()
     except (KeyboardInterrupt, SystemExit):
         saved = _saved(run.path)
@@ -252,23 +252,6 @@ def _ended(holder: str) -> bool:
     """Whether the process that a lock names was one of this machine and is there no more."""
     found = re.fullmatch(r"pid (\d+) on (\S+) since .*", holder)
     return found is not None and found[2] == socket.gethostname() and not Path(f"/proc/{found[1]}").exists()
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 end the block as ctrl-C does, by an exception; the shell sees 128 + their number."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    try:
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
-            before = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGTERM, signal.SIGUSR1)}
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _reopen(path: Path, verb: str, settings: Settings, file: Path) -> Run:

@@ -35,13 +35,13 @@ from maekit.data.sources import Source
 from maekit.disk import put
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
+from maekit.signals import Noted, noting
 from maekit.tasks import Result
 from maekit.tasks.feature_cache import changes_of
 from maekit.tasks.run_folder import alone
 from maekit.train.checkpoint import state_sha256
 from maekit.train.device import World
 from maekit.train.log import clock
-from maekit.train.loop import Signals
 
 log = logging.getLogger("maekit")
 
@@ -191,7 +191,7 @@ def stream(out: Path, work: Work, here: World, finish: Callable[[Parts], None]) 
         except OSError as error:
             raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
     here.barrier()
-    with alone(folder), Signals("stopping") as signals:
+    with alone(folder), noting("stopping") as signals:
         try:
             with full_disk_stops(out, lambda: any(folder.glob("part-*"))):
                 done = torch.tensor(parts.begin(work.job) if here.is_main else [], dtype=torch.long)
@@ -230,7 +230,7 @@ def full_disk_stops(out: Path, something: Callable[[], bool]) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def stopped_after(count: int, of: int, signals: Signals, **metrics: str) -> Result:
+def stopped_after(count: int, of: int, signals: Noted, **metrics: str) -> Result:
     """Say how far it came: exit code 75.
 
     Raises:
@@ -251,7 +251,7 @@ def _cut(work: Work) -> list[range]:
 
 
 @torch.no_grad()
-def _compute(parts: Parts, done: set[int], work: Work, here: World, signals: Signals) -> bool:
+def _compute(parts: Parts, done: set[int], work: Work, here: World, signals: Noted) -> bool:
     """Write all parts that are not `done` and add them to it; return whether a signal came before the end."""
     missing = [number for number in range(len(parts.ranges)) if number not in done]
     progress = Progress(work.title, parts.ranges, done, speaks=here.is_main)

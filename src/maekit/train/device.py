@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, resource_tracker
@@ -33,13 +33,12 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from maekit.disk import own_file
 from maekit.errors import MaekitError
 from maekit.settings import PEER_TIMEOUT
+from maekit.signals import KINDS, handled, of_command
 from maekit.train.allocator import keep_freed_memory
 
 T = TypeVar("T")
 STORE = "MAEKIT_STORE"
 """Variable that names the file through which the processes of `launch` meet."""
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals by which a run is stopped."""
 TO_END = 30.0
 """Seconds that processes have to end once another one has failed."""
 
@@ -298,10 +297,10 @@ def launch(nproc: int, task: Callable[..., T], *args: Any) -> T:
             context.Process(target=_in_child, args=(rank, nproc, f"{folder}/store", sender, task, args))
             for rank in range(nproc)
         ]
-        with _forwarded(STOPS) as forwarded:
-            with _blocked(STOPS):
+        with _forwarded() as forwarded:
+            with _blocked():
                 resource_tracker.ensure_running()  # at its start it lifts the block of two of them
-            with _blocked(STOPS):  # until the processes can say how they end
+            with _blocked():  # until the processes can say how they end
                 for child in children:
                     child.start()
             sender.close()
@@ -353,7 +352,7 @@ def _until_ended(children: list[SpawnProcess], receiver: Any) -> tuple[list[Any]
 
 
 @contextlib.contextmanager
-def _forwarded(kinds: Iterable[signal.Signals]) -> Iterator[set[int]]:
+def _forwarded() -> Iterator[set[int]]:
     """Hand signals on to the started processes, which save and end; this one waits for what they return.
 
     Yields the numbers of those that came.
@@ -367,23 +366,14 @@ def _forwarded(kinds: Iterable[signal.Signals]) -> Iterator[set[int]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    before = {}
-    try:
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
-            before = {kind: signal.signal(kind, forward) for kind in kinds}
+    with handled(forward):
         yield came
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 @contextlib.contextmanager
-def _blocked(kinds: Iterable[signal.Signals]) -> Iterator[None]:
+def _blocked() -> Iterator[None]:
     """Let signals wait, here and in processes that are started."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, KINDS)
     try:
         yield
     finally:
@@ -397,8 +387,8 @@ def _in_child(rank: int, size: int, store: str, sender: Any, task: Callable[...,
     if rank == 0:
         logging.basicConfig(level=logging.INFO, format="maekit: %(message)s", stream=sys.stderr)
     try:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # one that has waited comes here
+        of_command()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, KINDS)  # one that has waited comes here
         done = task(*args)
     except MaekitError as error:
         if rank > 0:  # a mistake of all is told by the first, and then the others are ended

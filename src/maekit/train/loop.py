@@ -13,12 +13,10 @@ the loop learn of a bad number, and finds the state of just before it (`maekit.t
 import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from maekit.failpoints import reach
 from maekit.seeds import seed_all
 from maekit.settings import Loop
+from maekit.signals import noting
 from maekit.train import checkpoint
 from maekit.train.best import FOLDERS, Best
 from maekit.train.device import World, circumstances, without_peer
@@ -121,31 +120,6 @@ class Call(nn.Module):
         return self.step(self.model, batch)
 
 
-class Signals:
-    """While open, SIGINT, SIGTERM and SIGUSR1 only set a flag: the step is finished and saved first."""
-
-    KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, told: str = "finishing the step, then saving") -> None:
-        self.told = told
-        self.received: str | None = None
-        self.previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it decides on signals
-            self.previous = {kind: signal.signal(kind, self._note) for kind in self.KINDS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self.previous.items():
-            signal.signal(kind, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received is None:
-            log.info("%s: %s", signal.Signals(number).name, self.told)
-        self.received = signal.Signals(number).name
-
-
 def fit(
     model: nn.Module,
     step_function: Step,
@@ -236,7 +210,7 @@ def fit(
     saver = Saver(
         folder, plan.metadata, keep=settings.keep, keep_every=settings.keep_every, errors=settings.save_errors
     )
-    with _main_log(run, state.step, schedule, loader.batch_size, world) as records, Signals() as signals, saver:
+    with _main_log(run, state.step, schedule, loader.batch_size, world) as records, noting() as signals, saver:
         stopped = state.step >= stop and stop < schedule.total
         if compiling and state.step < stop:
             log.info("compiling the model, in the first step")
