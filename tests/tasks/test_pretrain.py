@@ -574,13 +574,20 @@ def test_a_signal_before_two_processes_are_ready_ends_them_with_its_code(
 
 
 @pytest.mark.slow
-def test_the_exit_code_of_one_of_two_processes_is_that_of_the_command(maekit: Run, words: list[str]) -> None:
+def test_the_exit_code_of_one_of_two_processes_is_that_of_the_command(
+    maekit: Run, words: list[str], tmp_path: Path
+) -> None:
     done = maekit(*words, "--nproc", "2", "--stop-at", "3")
     assert done.code == 75 and done.json["steps"] == 3, done.stderr
-    done = maekit(*words, "--nproc", "2", "--mask-ratio", "0.5")
-    assert done.code == 2 and "Traceback" not in done.stderr
-    assert done.stderr.count("error[") == done.stderr.count("error[E-CONFIG-RUN]") == 1, done.stderr
-    assert "Terminating" not in done.stderr
+    none = tmp_path / "no images"
+    none.mkdir()
+    for mistake, code in ((("--mask-ratio", "0.5"), "E-CONFIG-RUN"), (("--data", none), "E-DATA")):
+        done = maekit(
+            *words, "--nproc", "2", *mistake, "--out", tmp_path / ("run" if code == "E-CONFIG-RUN" else "new")
+        )
+        assert done.code in (2, 3) and "Traceback" not in done.stderr
+        assert done.stderr.count("error[") == done.stderr.count(f"error[{code}") == 1, done.stderr
+        assert "Terminating" not in done.stderr
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(

@@ -153,7 +153,7 @@ def pack(settings: Pack | dict[str, Any]) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
-    with alone(folder), noting("stopping") as signals, _one_thread():
+    with alone(folder), noting("stopping", settles=True) as signals, _one_thread():
         try:
             with full_disk_stops(out, lambda: any(folder.glob("*.parquet"))):
                 return _packed(settings, job, folder, out, signals)

@@ -32,6 +32,7 @@ from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Settings
+from maekit.signals import of_command
 from maekit.tasks.protocols import peak_memory
 from maekit.tasks.run_folder import deciding
 from maekit.train.device import resolve_device
@@ -418,6 +419,7 @@ def main(words: Sequence[str]) -> int:
     With a second word, the number of runs that share the device, it is one of `beside`, which holds the other end of
     its stdin.
     """
+    of_command()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.DEBUG)  # a fault's traceback stands in the log
     if len(words) == 1:

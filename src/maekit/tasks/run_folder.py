@@ -28,13 +28,15 @@ from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Loop, Place, Settings
-from maekit.signals import ending
+from maekit.signals import ending, settled
 from maekit.tasks import Result
 from maekit.train import checkpoint
 
 log = logging.getLogger("maekit")
 S = TypeVar("S", bound=Settings)
 LOCK = ".lock"
+STOPPED = 75
+"""Exit code of what the same command goes on with."""
 OF_A_LAUNCH = {"stop_at": None, "resume": None, "data_changed": "stop"}
 """Settings that speak of one launch only, as a run's config.yaml has them."""
 
@@ -166,8 +168,12 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         return Result(run.result, f"{run.path} is finished: nothing to do{look}")
     try:
         with alone(run.path), ending():
-            return work()
+            result = work()
+            if result.exit_code == STOPPED:  # and so does what this may be a part of
+                settled()
+            return result
     except (KeyboardInterrupt, SystemExit):
+        settled()
         saved = _saved(run.path)
         if saved is None:
             _take_away(run)
@@ -340,6 +346,7 @@ def finish(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def stopped(metrics: dict[str, Any]) -> Result:
-    """Say how a stopped run goes on: exit code 75."""
+    """Say how a stopped run goes on: exit code 75, whatever signals come yet."""
+    settled()
     log.info("stopped at step %d with a checkpoint; the same command goes on", metrics["steps"])
-    return Result(metrics, exit_code=75)
+    return Result(metrics, exit_code=STOPPED)

@@ -181,7 +181,7 @@ def stream(out: Path, work: Work, here: World, finish: Callable[[Parts], None]) 
     Raises:
         MaekitError: E-ENV-OUT, E-STOP-DISK where the disk is full and there are parts, E-ENV-BUSY if another process is
             at work on the same file, E-DATA-BAD, and what ``work.rows`` and `finish` raise.
-        SystemExit: 130 or 143 if it was stopped before there was a part.
+        SystemExit: 128 + the signal's number if it was stopped before there was a part.
     """
     folder = out.with_name(f".{out.name}.parts")
     parts = Parts(folder, _cut(work))
@@ -191,7 +191,7 @@ def stream(out: Path, work: Work, here: World, finish: Callable[[Parts], None]) 
         except OSError as error:
             raise MaekitError("E-ENV-OUT", f"cannot write {out}", found=error.strerror or error) from error
     here.barrier()
-    with alone(folder), noting("stopping") as signals:
+    with alone(folder), noting("stopping", settles=True) as signals:
         try:
             with full_disk_stops(out, lambda: any(folder.glob("part-*"))):
                 done = torch.tensor(parts.begin(work.job) if here.is_main else [], dtype=torch.long)
@@ -234,7 +234,7 @@ def stopped_after(count: int, of: int, signals: Noted, **metrics: str) -> Result
     """Say how far it came: exit code 75.
 
     Raises:
-        SystemExit: 130 or 143 if there is nothing to go on from.
+        SystemExit: 128 + the signal's number if there is nothing to go on from.
     """
     if not count:
         raise SystemExit(128 + signal.Signals[signals.received or "SIGINT"])

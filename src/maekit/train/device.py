@@ -366,7 +366,7 @@ def _forwarded() -> Iterator[set[int]]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    with handled(forward):
+    with handled(forward, settles=True):
         yield came
 
 
@@ -392,6 +392,7 @@ def _in_child(rank: int, size: int, store: str, sender: Any, task: Callable[...,
         done = task(*args)
     except MaekitError as error:
         if rank > 0:  # a mistake of all is told by the first, and then the others are ended
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         sys.stderr.write(f"maekit: {error}\n")
         raise SystemExit(error.exit_code) from None
