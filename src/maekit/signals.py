@@ -71,26 +71,32 @@ def handled(handler: Handler, kinds: Iterable[signal.Signals] = KINDS, *, settle
 def ending() -> Iterator[None]:
     """Let a signal end the block by an exception, as ctrl-C does; those after it find it ending for some seconds.
 
-    Where SIGINT has an owner, or is ignored, that stays so.
+    Where SIGINT has an owner, or is ignored, that stays so. A block inside of another one ends with it.
 
     Raises:
         KeyboardInterrupt: for SIGINT.
         SystemExit: with 128 + its number for another one.
     """
-    came = -math.inf
+    owners = {kind: signal.getsignal(kind) for kind in KINDS}
+    if any(isinstance(owner, _End) for owner in owners.values()):
+        yield
+        return
+    free = [kind for kind in KINDS if kind != signal.SIGINT or owners[kind] in NOBODY]
+    with handled(_End(), free, settles=True):
+        yield
 
-    def end(number: int, _: FrameType | None) -> None:
-        nonlocal came
-        if time.monotonic() - came < TO_END:
+
+class _End:
+    def __init__(self) -> None:
+        self.came = -math.inf
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if time.monotonic() - self.came < TO_END:
             return
-        came = time.monotonic()
+        self.came = time.monotonic()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
-
-    owned = signal.getsignal(signal.SIGINT) not in NOBODY
-    with handled(end, [kind for kind in KINDS if not (owned and kind == signal.SIGINT)], settles=True):
-        yield
 
 
 @dataclass
@@ -124,7 +130,7 @@ def noting(told: str = "finishing the step, then saving", *, settles: bool = Fal
 
 
 def _exchange(handlers: Mapping[signal.Signals, Any]) -> None:
-    """Set handlers while signals wait: between the old one and the new one Python would complain of them."""
+    """Set handlers while signals wait: Python complains of one that comes in between."""
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, KINDS)  # one that came before is still for the old handler

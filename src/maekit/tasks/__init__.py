@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+STOPPED = 75
+"""Exit code of what the same command goes on with (EX_TEMPFAIL of sysexits.h)."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -10,7 +13,7 @@ class Result:
     Attributes:
         metrics: JSON-able, printed with ``--json``.
         text: for people.
-        exit_code: the process's; 75: stopped, can go on.
+        exit_code: the process's.
     """
 
     metrics: dict[str, object]

@@ -30,7 +30,7 @@ from maekit.recipes.tables import TABLES, Row, Table
 from maekit.report.ablation import ablation_report, planned, told
 from maekit.scores.ordering import ordering, stated_pairs, summary
 from maekit.settings import Ablate, Finetune, Pretrain, Probe
-from maekit.tasks import Result
+from maekit.tasks import STOPPED, Result
 from maekit.tasks.feature_cache import data_digest
 from maekit.tasks.features import whole_splits
 from maekit.tasks.parts import Outcome, Part, beside, devices, in_this_process, make_part, slurm, work_off
@@ -385,7 +385,7 @@ def _left(parts: Sequence[Part], flops: float, seconds: float) -> float | None:
 def _end(outcome: Outcome, metrics: dict[str, Any], run: Run) -> Result:
     if outcome.stopped:
         log.info("stopped: %d of %d runs are done; the same command goes on", metrics["done"], metrics["runs"])
-        return Result(metrics, exit_code=75)
+        return Result(metrics, exit_code=STOPPED)
     if outcome.failed:
         return Result(metrics, f"{told(metrics)}\n{len(outcome.failed)} runs failed; {run.path}/ablation.html", 1)
     finish(run, metrics)

@@ -30,7 +30,8 @@ from maekit.model.mae import MaskedAutoencoder, check_pool
 from maekit.report.evaluation import evaluation_report, told
 from maekit.report.files import write_whole
 from maekit.settings import Evaluate, Finetune
-from maekit.tasks import Result
+from maekit.signals import settled
+from maekit.tasks import STOPPED, Result
 from maekit.tasks.feature_cache import data_digest
 from maekit.tasks.features import whole_splits
 from maekit.tasks.finetune import refuse_idle
@@ -309,9 +310,10 @@ def _fill(
     except (KeyboardInterrupt, SystemExit, Stopped) as stop:
         if not done and not isinstance(stop, Stopped):
             raise
+        settled()
         table()
         log.info("stopped: %d of %d scores are kept; the same command goes on", len(done), len(jobs))
-        return Result({"run": str(run.path), "jobs": len(jobs), "jobs_done": len(done)}, exit_code=75)
+        return Result({"run": str(run.path), "jobs": len(jobs), "jobs_done": len(done)}, exit_code=STOPPED)
     metrics = table()
     finish(run, metrics)
     return Result(metrics, f"{told(metrics)}\nthe report: {run.path}/report.html")

@@ -32,7 +32,8 @@ from maekit.disk import own_file
 from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Settings
-from maekit.signals import of_command
+from maekit.signals import of_command, settled
+from maekit.tasks import STOPPED
 from maekit.tasks.protocols import peak_memory
 from maekit.tasks.run_folder import deciding
 from maekit.train.device import resolve_device
@@ -40,8 +41,8 @@ from maekit.train.log import read_metrics
 
 log = logging.getLogger("maekit")
 
-STOPPED, BUSY, BROKEN = 75, 76, 1
-"""Codes: stopped with a checkpoint; another process is at work in the folder; a fault of ours or of the machine."""
+BUSY, BROKEN = 76, 1
+"""Codes: another process is at work in the folder; a fault of ours or of the machine."""
 WAIT = 0.2
 """Seconds between looks at what runs elsewhere."""
 BUSY_WAIT = 5.0
@@ -390,6 +391,8 @@ def work_off(
             running[slot] = part, start(part, slot)
     except (KeyboardInterrupt, SystemExit):
         outcome.stopped = True
+    if outcome.stopped:
+        settled()
     for _, handle in running.values():
         handle.stop()
     return outcome

@@ -29,14 +29,12 @@ from maekit.errors import MaekitError, clean
 from maekit.report.files import write_whole
 from maekit.settings import Loop, Place, Settings
 from maekit.signals import ending, settled
-from maekit.tasks import Result
+from maekit.tasks import STOPPED, Result
 from maekit.train import checkpoint
 
 log = logging.getLogger("maekit")
 S = TypeVar("S", bound=Settings)
 LOCK = ".lock"
-STOPPED = 75
-"""Exit code of what the same command goes on with."""
 OF_A_LAUNCH = {"stop_at": None, "resume": None, "data_changed": "stop"}
 """Settings that speak of one launch only, as a run's config.yaml has them."""
 

@@ -36,7 +36,7 @@ from maekit.disk import put
 from maekit.errors import MaekitError
 from maekit.report.files import write_whole
 from maekit.signals import Noted, noting
-from maekit.tasks import Result
+from maekit.tasks import STOPPED, Result
 from maekit.tasks.feature_cache import changes_of
 from maekit.tasks.run_folder import alone
 from maekit.train.checkpoint import state_sha256
@@ -239,7 +239,7 @@ def stopped_after(count: int, of: int, signals: Noted, **metrics: str) -> Result
     if not count:
         raise SystemExit(128 + signal.Signals[signals.received or "SIGINT"])
     log.info("stopped after %d of %d images; the same command goes on", count, of)
-    return Result({**metrics, "images": count, "of": of}, exit_code=75)
+    return Result({**metrics, "images": count, "of": of}, exit_code=STOPPED)
 
 
 def _cut(work: Work) -> list[range]:

@@ -25,7 +25,8 @@ from maekit.data.sources import DatasetSource, Source, open_source
 from maekit.errors import MaekitError
 from maekit.model.encoder import check_patches, geometry
 from maekit.settings import Images, Loop, Seen, Settings, Steady, Views
-from maekit.tasks import Result
+from maekit.signals import settled
+from maekit.tasks import STOPPED, Result
 from maekit.tasks.run_folder import Resolved, Run, deciding, describe, deviating, identity
 from maekit.tasks.same_data import Read, compared, write_down
 from maekit.train.device import World, launch, prepare_compiler
@@ -75,7 +76,10 @@ def spread(settings: Any, task: Callable[..., Result], *args: Any) -> Result | N
     """Start ``nproc`` processes of `task` if asked for and not inside one already; None: go on in this one."""
     if settings.nproc == 1 or "RANK" in os.environ:
         return None
-    return launch(settings.nproc, task, settings, *args)
+    result = launch(settings.nproc, task, settings, *args)
+    if result.exit_code == STOPPED:
+        settled()
+    return result
 
 
 def number_of_workers(wanted: int | str, num_images: int, size: tuple[int, int], *, beside_gpu: bool = False) -> int:
