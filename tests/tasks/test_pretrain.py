@@ -337,17 +337,17 @@ def test_signals_without_end_stop_a_run_as_the_first_one_does(
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sign", ["going on", "events"])
+@pytest.mark.parametrize("sign", ["going on from", "events"])
 def test_a_signal_outside_of_the_loop_ends_a_run_with_a_checkpoint_in_the_same_way(
     background: Run, until: Run, words: list[str], tmp_path: Path, kind: signal.Signals, sign: str,
     result: dict[str, Any],
 ) -> None:  # fmt: skip
     """Before the first step of a relaunch, and while the report is made after the last."""
     run = tmp_path / "run"
-    stopped_at = 4 if sign == "going on" else 11
+    stopped_at = 4 if sign == "going on from" else 11
     assert background(*words, "--stop-at", stopped_at).wait().code == 75
     command = background(*words)
-    if sign == "going on":
+    if sign == "going on from":
         until(lambda: sign in command.stderr or (run / "result.json").exists())
     else:
         until(lambda: (run / "checkpoints/step-12").exists())
