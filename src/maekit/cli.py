@@ -271,9 +271,7 @@ class Line:
 def command() -> NoReturn:
     """Be the process of a command: once its exit code is known, a signal to stop it changes that no more."""
     signals.of_command()
-    code = main()
-    signals.settled()
-    sys.exit(code)
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

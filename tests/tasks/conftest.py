@@ -1,6 +1,8 @@
 """Tiny real images, and the real command in processes that can be killed (`maekit.soak.children`)."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +146,21 @@ def until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def storm() -> Callable[[Command, signal.Signals], None]:
+    """Send a signal every millisecond until the last process of a command is gone, at most a minute."""
+
+    def blow(command: Command, kind: signal.Signals) -> None:
+        end = time.monotonic() + 60
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                command.send(kind)
+                time.sleep(0.001)
+        assert time.monotonic() < end, f"still there after a minute: {command.stderr}"
+
+    return blow
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Tables from end to end: run, killed and gone on with, grown, shared, beside one another, refused."""
 
-import contextlib
 import csv
 import importlib
 import json
@@ -8,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,15 +153,12 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_stop_leaves_75_and_what_is_done(
-    background: Run, maekit: Run, classes: Path, tmp_path: Path, until: Run, jobs: int
+    background: Run, maekit: Run, classes: Path, tmp_path: Path, until: Run, storm: Run, jobs: int
 ) -> None:
     """Also where signals go on coming while the parts save and the table is written."""
     begun = background(*words(classes, tmp_path, "--jobs", jobs))
     until(lambda: any((tmp_path / "ablate-parts").glob("pretrain-*/checkpoints/*")))
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            begun.send(signal.SIGTERM)
-            time.sleep(0.005)
+    storm(begun, signal.SIGTERM)
     assert begun.wait().code == 75, begun.stderr
     assert "the same command goes on" in begun.stderr and begun.json["done"] < 6
     changed = maekit(*words(classes, tmp_path, "--label-seed", 3))

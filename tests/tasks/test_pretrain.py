@@ -320,18 +320,14 @@ def test_usr1_or_a_second_signal_to_the_group_ends_a_run_no_other_way(
     ],
 )
 def test_signals_without_end_stop_a_run_as_the_first_one_does(
-    background: Run, until: Run, words: list[str], tmp_path: Path, kind: signal.Signals, nproc: int
+    background: Run, until: Run, storm: Run, words: list[str], tmp_path: Path, kind: signal.Signals, nproc: int
 ) -> None:
     """One in every millisecond until the last process is gone: there is no moment at which another one counts."""
     for run in (tmp_path / "1", tmp_path / "2", tmp_path / "3"):
         command = background(*words, "--steps", "4000", "--nproc", nproc, "--out", run)
         until((run / "metrics.jsonl").exists)
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                command.send(kind)
-                time.sleep(0.001)
-        command.wait()
-        assert command.code == 75 and "Traceback" not in command.stderr, command.stderr
+        storm(command, kind)
+        assert command.wait().code == 75 and "Traceback" not in command.stderr, command.stderr
         saved = checkpoint.newest(run / "checkpoints")
         assert saved is not None and saved.step == command.json["steps"] and not (run / ".lock").exists()
 

@@ -166,10 +166,7 @@ def carry_out(run: Run, work: Callable[[], Result]) -> Result:
         return Result(run.result, f"{run.path} is finished: nothing to do{look}")
     try:
         with alone(run.path), ending():
-            result = work()
-            if result.exit_code == STOPPED:  # and so does what this may be a part of
-                settled()
-            return result
+            return work()
     except (KeyboardInterrupt, SystemExit):
         settled()
         saved = _saved(run.path)
@@ -344,7 +341,7 @@ def finish(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def stopped(metrics: dict[str, Any]) -> Result:
-    """Say how a stopped run goes on: exit code 75, whatever signals come yet."""
+    """Say how a stopped run goes on: exit code 75, whatever signals come yet, also of what it may be a part of."""
     settled()
     log.info("stopped at step %d with a checkpoint; the same command goes on", metrics["steps"])
     return Result(metrics, exit_code=STOPPED)
